@@ -27,11 +27,14 @@ def position_curve(
         standard_error: Of that mean, same unit.
         title: Of the figure.
     """
+    from matplotlib.ticker import FuncFormatter
+
     figure, axes = _figure(6.4, 4.0)
     mean, error = np.asarray(nats), np.asarray(standard_error)
     axes.fill_between(context, mean - 2 * error, mean + 2 * error, alpha=0.2, linewidth=0, label="two standard errors")
     axes.plot(context, mean, marker="o", markersize=3, label="mean of the bin")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
@@ -52,17 +55,17 @@ def head_map(path: Path, values: np.ndarray, *, label: str, title: str, percent:
         log: Colour on a logarithmic scale; the values must be positive.
     """
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     layers, heads = values.shape
-    figure, axes = _figure(max(4.0, 1.8 + 0.55 * heads), max(2.4, 1.4 + 0.45 * layers))
+    figure, axes = _figure(np.clip(1.8 + 0.55 * heads, 4, 10), np.clip(1.4 + 0.45 * layers, 2.4, 7.5))
     shown = 100 * values if percent else values
     scale = {"vmin": 0, "vmax": 100} if percent else {}
     if log:
         scale = {"norm": LogNorm(vmin=shown.min(), vmax=max(shown.max(), 1.01 * shown.min()))}
     image = axes.imshow(shown, aspect="auto", cmap="viridis", **scale)
-    figure.colorbar(image, ax=axes, label=label)
-    if values.size <= 400:
+    figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(_short))
+    if heads <= 16 and layers <= 16:
         _write_cells(axes, image, shown)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
@@ -75,29 +78,32 @@ def head_map(path: Path, values: np.ndarray, *, label: str, title: str, percent:
 def training_curve(
     path: Path,
     tokens: Sequence[float],
-    bits: Sequence[float],
+    nats: Sequence[float],
     validation_tokens: Sequence[float],
-    validation_bits: Sequence[float],
+    validation_nats: Sequence[float],
     levels: dict[str, float] | None = None,
 ):
-    """Bits per byte, or nats per token, against training tokens, with horizontal lines for other models.
+    """Loss against training tokens, with horizontal lines for other models.
 
     Args:
         path: PNG to write.
         tokens: Training tokens seen at each logged step.
-        bits: Training loss there, in nats per token.
+        nats: Training loss there, in nats per token.
         validation_tokens: Training tokens seen at each evaluation.
-        validation_bits: Validation loss there, in nats per token.
+        validation_nats: Validation loss there, in nats per token.
         levels: Name and loss (nats per token) of what the model is compared with.
     """
+    from matplotlib.ticker import FuncFormatter
+
     figure, axes = _figure(6.4, 4.0)
-    axes.plot(tokens, bits, linewidth=1, alpha=0.7, label="training")
+    axes.plot(tokens, nats, linewidth=1, alpha=0.7, label="training")
     if len(validation_tokens):
-        axes.plot(validation_tokens, validation_bits, marker="o", markersize=4, label="validation")
+        axes.plot(validation_tokens, validation_nats, marker="o", markersize=4, label="validation")
     for name, level in (levels or {}).items():
         axes.axhline(level, color="grey", linestyle="--", linewidth=1)
-        axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -115,10 +121,12 @@ def _write_cells(axes: Axes, image, shown: np.ndarray):
         )
 
 
-def _short(value: float) -> str:
-    if value >= 10000:
-        return f"{value:.0e}".replace("e+0", "e")
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+def _short(value: float, _position: int | None = None) -> str:
+    """A number in at most five characters, as tick label or in a cell: 8.4, 350, 12k, 1.5M."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * unit:
+            return f"{value / unit:.3g}{suffix}"
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
