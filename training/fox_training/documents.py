@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-FORMATS = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -57,13 +54,16 @@ def of_run(run: Path, split: str) -> Documents:
     from fox_training.data import load_documents
     from fox_training.recipe import load_recipe
 
-    train, validation = load_documents(load_recipe(run / "recipe.yaml").data)
-    dataset = train if split == "train" else validation
-    return _checked([row["text"] for row in dataset], f"{split} split of {run / 'recipe.yaml'}")
+    recipe = load_recipe(run / "recipe.yaml").data
+    source = f"{split} documents of {run / 'recipe.yaml'}"
+    train, validation = load_documents(recipe)
+    if split == "validation" and validation is None:
+        raise ValueError(f"--data is needed: the recipe of {run} holds no validation documents out.")
+    return _checked(train if split == "train" else validation, source)
 
 
 def from_source(source: str, *, split: str = "validation", column: str = "text") -> Documents:
-    """Documents of a file (.txt is one document, .jsonl and .parquet one per row), a folder of such files, or the Hub.
+    """Documents of a local file or folder (.txt is one document, .jsonl and .parquet one per row), or of the Hub.
 
     Args:
         source: Path, or id of a dataset on the Hub, `user/name` or `user/name:configuration`.
@@ -73,65 +73,28 @@ def from_source(source: str, *, split: str = "validation", column: str = "text")
     Raises:
         ValueError: If the source is missing, empty, or has no such column.
     """
+    # Imported here so that --help answers at once.
+    from fox_training.data import FORMATS, load_documents
+    from fox_training.recipe import DataRecipe, RecipeError
+
     path = Path(source).expanduser()
-    if path.is_file():
-        return _checked(_read_file(path, column), source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in FORMATS)
-        if not files:
-            raise ValueError(f"--data must hold files that end in {', '.join(FORMATS)}; the folder {source} has none.")
-        return _checked([text for file in files for text in _read_file(file, column)], source)
-    if source.startswith((".", "/", "~")) or path.suffix in FORMATS or source.count("/") > 1:
-        raise ValueError(f"--data must be an existing file or folder, or a Hub id; there is no {source}.")
-    return _checked(_read_hub(source, split, column), f"{source} ({split})")
-
-
-def _read_file(path: Path, column: str) -> list[str]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.read_table(path)
-        if column not in table.column_names:
-            raise ValueError(f"--column must be a column of {path}: {', '.join(table.column_names)}; got {column}.")
-        return table.column(column).to_pylist()
-    try:
-        # newline="": translating line ends would change the number of bytes.
-        with path.open(encoding="utf-8", newline="") as file:
-            content = file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be UTF-8 text, byte {error.start} is not. Convert it first.") from error
-    return _read_rows(path, content, column) if path.suffix == ".jsonl" else [content]
-
-
-def _read_rows(path: Path, content: str, column: str) -> list[str]:
-    texts = []
-    # Not splitlines: JSON strings may hold other line separators of Unicode unescaped.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(json.loads(line)[column])
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, must be a JSON object, got {line[:40]!r}.") from error
-        except KeyError as error:
-            raise ValueError(f"{path}, line {number}, must have the field {column!r}. Pass --column NAME.") from error
-    return texts
-
-
-def _read_hub(source: str, split: str, column: str) -> Sequence[str]:
-    import datasets
-
+    is_local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in FORMATS or source.count("/") > 1
     name, _, configuration = source.partition(":")
+    if is_local:
+        recipe = DataRecipe(source="local", path=source, text_column=column)
+    else:
+        recipe = DataRecipe(
+            source="hub", path=name, config_name=configuration or None, split=split, text_column=column
+        )
     try:
-        dataset = datasets.load_dataset(name, configuration or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"--data {source} could not be loaded from the Hub: {str(error).splitlines()[0]}") from error
-    if column not in dataset.column_names:
-        raise ValueError(f"--column must be a column of {source}: {', '.join(dataset.column_names)}; got {column}.")
-    return dataset[column][:]
+        documents, _ = load_documents(recipe)
+    except RecipeError as error:
+        raise ValueError(f"--data {source}: {error}") from error
+    return _checked(documents, source if is_local else f"{source} ({split})")
 
 
-def _checked(texts: Sequence[str], source: str) -> Documents:
+def _checked(rows: Iterable[dict], source: str) -> Documents:
+    texts = [row["text"] for row in rows]
     wrong = next((text for text in texts if not isinstance(text, str)), "")
     if not isinstance(wrong, str):
         raise ValueError(f"documents must be text; {source} holds {wrong!r:.60}. Pass --column NAME.")

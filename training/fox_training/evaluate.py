@@ -155,20 +155,12 @@ def encode(tokenizer, texts: list[str]) -> tuple[list[list[int]], int]:
 
     Bits per byte divides by the bytes of the text, so a tokenizer that drops something would look better than it is.
     """
-    from fox_training.pretrained import start_token
+    from fox_training.tokenizers import document_token_id, encode_documents
 
-    start = start_token(tokenizer)
-    token_ids, lossless = [], 0
-    for text in texts:
-        # verbose=False: the warning about the model's maximum length is answered by the windows.
-        try:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        # The Rust library raises bare exceptions, e.g. for a character that a character tokenizer does not know.
-        except Exception as error:
-            raise ValueError(f"the tokenizer of MODEL cannot encode {text[:40]!r}...: {error}") from error
-        token_ids.append([start, *ids])
-        lossless += tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    return token_ids, lossless
+    start = document_token_id(tokenizer)
+    token_ids = [[start, *ids] for ids in encode_documents(tokenizer, texts)]
+    pairs = zip(token_ids, texts, strict=True)
+    return token_ids, sum(tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False) == text for ids, text in pairs)
 
 
 def summary(report: dict, notes: list[str]) -> str:

@@ -62,7 +62,9 @@ def head_map(path: Path, values: np.ndarray, *, label: str, title: str, percent:
     shown = 100 * values if percent else values
     scale = {"vmin": 0, "vmax": 100} if percent else {}
     if log:
-        scale = {"norm": LogNorm(vmin=shown.min(), vmax=max(shown.max(), 1.01 * shown.min()))}
+        # Whole decades: at least one, with a labelled tick at both ends.
+        low, high = np.floor(np.log10(shown.min())), np.ceil(np.log10(shown.max()))
+        scale = {"norm": LogNorm(vmin=10**low, vmax=10 ** max(high, low + 1))}
     image = axes.imshow(shown, aspect="auto", cmap="viridis", **scale)
     figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(_short))
     if heads <= 16 and layers <= 16:

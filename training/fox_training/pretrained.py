@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 import modeling_fox  # noqa: F401  registers model_type "fox" with the Auto classes
+from fox_training.tokenizers import document_token_id
 
 
 def resolve(name: str) -> str:
@@ -49,7 +50,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"MODEL must hold a tokenizer; none could be loaded from {name} ({_first_line(error)}). "
             "Save it there with tokenizer.save_pretrained."
         ) from error
-    if start_token(tokenizer) is None:
+    if document_token_id(tokenizer) is None:
         raise ValueError(
             f"the tokenizer of {name} must have a bos_token or an eos_token, got neither. "
             "Documents are scored from that token: set tokenizer.bos_token and save it again."
@@ -90,11 +91,6 @@ def load_model(
             f"the model {name} could not be loaded: {_first_line(error)} "
             "(FOX_TRACEBACK=1 shows where that comes from)."
         ) from error
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token every document begins with: BOS, or EOS where a tokenizer has no BOS."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
 def _first_line(error: Exception) -> str:
