@@ -82,6 +82,8 @@ def load_model(
         unknown = [key for key in overrides if not hasattr(known, key)]
         if unknown:
             raise ValueError(f"the config of model_type {known.model_type!r} has no field {unknown[0]!r}")
+        if attention == "fox_acp" and known.model_type != "fox":
+            raise ValueError(f"attention fox_acp needs forget gates, which model_type {known.model_type!r} has not")
         model = AutoModelForCausalLM.from_pretrained(name, **options, **overrides)
         return model.to(device).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
