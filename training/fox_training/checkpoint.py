@@ -1,0 +1,313 @@
+"""Checkpoints that are either complete or not there.
+
+    OUT/checkpoints/step_00000100/
+        model.safetensors            weights
+        average.safetensors          running mean of the weights, if there is one
+        optimizer_0.safetensors      state of each optimizer
+        rng_00000.safetensors        random state of each process
+        state.json                   step, data position, recipe, best validation loss
+        manifest.json                size and SHA-256 of every file; written last
+
+A checkpoint is written to `*.tmp`, every file is flushed to disk, and one rename makes it visible: whatever kills the
+process, a folder without `.tmp` is complete. Older ones are deleted after the rename, never before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from .recipe import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_PREFIX = "step_"
+_TEMPORARY = ".tmp"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written or read."""
+
+
+def write_folder(final: Path, write: Callable[[Path], None], *, manifest: bool = True) -> None:
+    """Create folder `final` with what `write(folder)` puts into it, in one visible step; replaces an older `final`.
+
+    Args:
+        final: The folder.
+        write: Puts files into the folder it is given.
+        manifest: Add manifest.json, for `verify_folder`.
+
+    Raises:
+        CheckpointError: If the disk refuses; `final` is then as it was before.
+    """
+    work = final.with_name(final.name + _TEMPORARY)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write(work)
+        if manifest:
+            seal_folder(work)
+        else:
+            _fsync_all(work)
+        _replace(work, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(_cannot_write(final, error)) from error
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the manifest and push every byte of the folder to the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _fsync_all(folder)
+
+
+def verify_folder(folder: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        CheckpointError: Naming the first file that is missing, short or changed.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, known in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing.")
+            if path.stat().st_size != known["bytes"]:
+                raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {known['bytes']}.")
+            if _sha256(path) != known["sha256"]:
+                raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of the manifest.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.") from error
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        root: OUT/checkpoints.
+        keep_last: Newest checkpoints that stay.
+    """
+
+    def __init__(self, root: Path, keep_last: int):
+        self.root, self.keep_last = root, keep_last
+
+    def all(self) -> list[Path]:
+        """Finished checkpoints, oldest first."""
+        found = [p for p in self.root.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
+        return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+
+    def newest(self, say: Callable[[str], None]) -> Path | None:
+        """Newest checkpoint whose files are all intact; says which ones it passes over.
+
+        Raises:
+            CheckpointError: If there are checkpoints and none is intact: starting over silently would lose the run.
+        """
+        found = self.all()
+        for path in reversed(found):
+            try:
+                verify_folder(path)
+                return path
+            except CheckpointError as error:
+                say(f"checkpoint {path.name} is not usable: {error} Trying the one before it.")
+        if found:
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints in {self.root} is intact. "
+                "Restore one of them, or move the folder away to start over."
+            )
+        return None
+
+    def save(self, step: int, write_main: Callable[[Path], None], write_own: Callable[[Path], None],
+             *, is_main: bool, barrier: Callable[[], None]) -> Path:  # fmt: skip
+        """Write the checkpoint of `step`; every process calls this.
+
+        Args:
+            step: Optimizer steps done.
+            write_main: Writes what is the same on all processes; called on the main process only.
+            write_own: Writes the files of this process, under names of its own.
+            is_main: Whether this is the main process.
+            barrier: Waits for all processes.
+
+        Raises:
+            CheckpointError: If the disk refuses; the checkpoints before this one are untouched.
+        """
+        final = self.root / f"{_PREFIX}{step:08d}"
+        work = final.with_name(final.name + _TEMPORARY)
+        try:
+            if is_main:
+                for stale in self.root.glob(f"*{_TEMPORARY}"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                work.mkdir(parents=True)
+            barrier()
+            write_own(work)
+            if is_main:
+                write_main(work)
+            barrier()
+            if is_main:
+                seal_folder(work)
+                _replace(work, final)
+                self._prune()
+            barrier()
+        except (OSError, SafetensorError) as error:
+            if is_main:
+                shutil.rmtree(work, ignore_errors=True)
+            raise CheckpointError(_cannot_write(final, error)) from error
+        return final
+
+    def _prune(self) -> None:
+        for old in self.all()[: -self.keep_last]:
+            # Renamed first: a process that dies inside rmtree leaves no half checkpoint under a valid name.
+            doomed = old.with_name(old.name + ".old" + _TEMPORARY)
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Weights as safetensors; tied ones are stored once."""
+    save_model(model, str(path))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Inverse of `save_weights`.
+
+    Raises:
+        CheckpointError: If the file is not of this model.
+    """
+    try:
+        load_model(model, str(path), device="cpu")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the model: {str(error).strip().splitlines()[0]}") from error
+
+
+def save_tokenizer_and_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """What `from_pretrained` loads: config, weights as safetensors, tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """State of every weight as safetensors; hyper-parameters come from the recipe, not from here."""
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{index}.{name}": _tensor(value) for index, slot in state.items() for name, value in slot.items()}
+    save_file(tensors, str(path))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Inverse of `save_optimizer`, for an optimizer over the same weights.
+
+    Raises:
+        CheckpointError: If the file cannot be read or is of other weights.
+    """
+    try:
+        tensors = load_file(str(path))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        whole = optimizer.state_dict()
+        whole["state"] = state
+        optimizer.load_state_dict(whole)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit the optimizer: {error}") from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Named tensors as safetensors."""
+    save_file({name: _tensor(value) for name, value in tensors.items()}, str(path))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Inverse of `save_tensors`.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def save_random_state(folder: Path, rank: int, device: torch.device) -> None:
+    """Random state of this process. The order of the data has none: it is a function of the seed."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    save_file(tensors, str(folder / f"rng_{rank:05d}.safetensors"))
+
+
+def load_random_state(folder: Path, rank: int, device: torch.device) -> bool:
+    """Restore it; False if the checkpoint has none for this process (it was written by fewer)."""
+    path = folder / f"rng_{rank:05d}.safetensors"
+    if not path.is_file():
+        return False
+    tensors = load_file(str(path))
+    torch.set_rng_state(tensors["cpu"])
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+    return True
+
+
+def save_state(state: dict[str, Any], folder: Path) -> None:
+    """Everything of a run that is no tensor, as JSON. Floats come back bit for bit."""
+    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Inverse of `save_state`."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return value.detach().contiguous().cpu()
+
+
+def _replace(work: Path, final: Path) -> None:
+    """Rename `work` to `final`. An older `final` is moved aside first: a folder cannot be renamed onto another."""
+    old = final.with_name(final.name + ".old" + _TEMPORARY)
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(work, final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cannot_write(final: Path, error: Exception) -> str:
+    return f"{final} cannot be written: {error}. What was saved before is intact; mend the disk and start again."

@@ -1,0 +1,117 @@
+"""The model that a recipe describes, and writing the finished one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import modeling_fox
+
+from .checkpoint import save_tokenizer_and_model, write_folder
+from .recipe import ModelRecipe, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Model with fp32 weights; random unless `recipe.pretrained` is set.
+
+    Raises:
+        RecipeError: If a config field does not exist, values contradict each other, or the weights cannot be loaded.
+    """
+    try:
+        if recipe.pretrained is not None:
+            return _load(recipe, tokenizer)
+        config = _config(recipe, tokenizer)
+        options = {} if recipe.attn_implementation is None else {"attn_implementation": recipe.attn_implementation}
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
+        raise RecipeError(f"the model section cannot be built: {_first_lines(error)}") from error
+
+
+def _config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase):
+    values = dict(recipe.config)
+    if recipe.type == "fox":
+        known = modeling_fox.FoxConfig
+        make = {"pro": known.pro, "llama": known.llama}[recipe.variant]
+    elif recipe.type in CONFIG_MAPPING:
+        known = make = CONFIG_MAPPING[recipe.type]
+    else:
+        raise RecipeError(
+            f"model.type {recipe.type} is no model of Transformers{nearest(recipe.type, ['fox', 'llama'])}"
+        )
+    fields = {item.name for item in dataclasses.fields(known)}
+    for key in values:
+        if key not in fields:
+            raise RecipeError(f"unknown recipe key model.config.{key}{nearest(key, fields)}")
+    vocab_size = values.setdefault("vocab_size", len(tokenizer))
+    if vocab_size < len(tokenizer):
+        raise RecipeError(
+            f"model.config.vocab_size must be at least {len(tokenizer)}, the tokens of the tokenizer; "
+            f"got {vocab_size}. "
+            "Leave it out to take that number."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(name, getattr(tokenizer, name))
+    return make(**values)
+
+
+def _load(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    options: dict[str, Any] = dict(recipe.config)
+    if recipe.attn_implementation is not None:
+        options["attn_implementation"] = recipe.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(recipe.pretrained, dtype=torch.float32, **options)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise RecipeError(
+            f"model.pretrained {recipe.pretrained} has {rows} tokens and the tokenizer {len(tokenizer)}. "
+            "Set data.tokenizer.kind hub and data.tokenizer.path to the tokenizer of that model."
+        )
+    return model
+
+
+def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """All weights, and those without the input embedding."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - model.get_input_embeddings().weight.numel()
+
+
+def prunes(model: PreTrainedModel) -> bool:
+    """Whether the forward pass skips blocks of attention."""
+    config = model.config
+    return (
+        config.model_type == "fox"
+        and config._attn_implementation == "fox_acp"
+        and config.log_pruning_tolerance is not None
+    )
+
+
+@torch.no_grad()
+def pruned_share(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    """Share of the visible (query, key) pairs that pruning skips on one batch, mean over layers and heads.
+
+    A forward pass of its own, without gradients and uncompiled: collecting inside the training step would make
+    torch.compile build a second graph.
+    """
+    with modeling_fox.pruning_stats(model) as stats:
+        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    return stats.pruned_fraction.mean().item()
+
+
+def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained` of model and tokenizer into `folder`, which is replaced in one step."""
+    write_folder(folder, lambda work: save_tokenizer_and_model(model, tokenizer, work), manifest=False)
+
+
+def _first_lines(error: Exception) -> str:
+    """The message without the class names that `@strict` configs wrap around it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:3]) if lines else type(error).__name__

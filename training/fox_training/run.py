@@ -1,0 +1,235 @@
+"""A run before its first step: output folder, processes, data, model and optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from . import checkpoint as ckpt
+from .batches import PackedRows, Plan, StreamedRows, plan_batches
+from .data import TokenStream, build_tokenizer, cache_folder, load_documents, tokenise
+from .models import build_model, num_parameters
+from .optimizers import WeightAverage, build_optimizers
+from .recipe import Recipe, RecipeError, summary
+from .tracking import MetricsLog, Progress, Stopwatch
+
+
+@dataclass
+class Run:
+    """Everything a step needs, in one place."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    out: Path
+    tokenizer: Any
+    model: Any  # what is evaluated and saved
+    forward: Any  # the same, wrapped for DDP and compiled: what is trained
+    optimizers: list[torch.optim.Optimizer]
+    average: WeightAverage | None
+    plan: Plan
+    validation: TokenStream | None
+    fingerprint: str
+    autocast: bool
+    progress: Progress | None = None
+    metrics: MetricsLog | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    best: dict[str, float] | None = None  # {"step", "loss"} of the lowest validation loss
+    loss_sum: Any = None  # (), fp64 on the device: loss since the last logged step
+    loss_steps: int = 0
+    stop_signal: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.plan.rows * self.recipe.data.sequence_length
+
+    @property
+    def checkpoints(self) -> ckpt.CheckpointFolder:
+        return ckpt.CheckpointFolder(self.out / "checkpoints", self.recipe.checkpoint.keep_last)
+
+    def precision(self):
+        """Autocast around a forward pass. Accelerate's own would also copy all logits to fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    def averaged(self):
+        """Block in which the model has the weights that are evaluated and exported."""
+        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+
+
+def open_output(recipe: Recipe) -> Path:
+    """The output folder, tested for writing before any work is done."""
+    out = Path(recipe.run.output_dir).expanduser()
+    probe = out / f".write_test_{os.getpid()}"
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise RecipeError(f"run.output_dir must be a folder that can be written to; got {out} ({error}).") from error
+    return out
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate for one process per device: one CPU, one GPU, or DDP over several.
+
+    Raises:
+        RecipeError: If the launcher started more processes than Accelerate sees, or with a plugin this loop ignores.
+    """
+    cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
+    log_with = recipe.tracking.trackers or None
+    # "no": the loop opens autocast itself, see Run.precision.
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",
+        log_with=log_with,
+        project_dir=recipe.run.output_dir if log_with else None,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RecipeError(
+            f"the launcher started {launched} processes (WORLD_SIZE) and Accelerate sees {accelerator.num_processes}: "
+            "each would train alone. On a machine without GPU use torchrun --nproc_per_node, else accelerate launch."
+        )
+    allowed = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in allowed:
+        raise RecipeError(
+            f"distributed_type must be NO, MULTI_GPU or MULTI_CPU; got {accelerator.distributed_type.value}. "
+            "Use a file of training/accelerate/."
+        )
+    if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return accelerator
+
+
+def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether autocast to bf16 is on.
+
+    On a CPU only when asked for: processors without bf16 units are slower with it than without.
+    """
+    if recipe.run.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return recipe.run.precision == "bf16"
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, out: Path) -> tuple[Run, PackedRows | StreamedRows]:
+    """Data, tokenizer, model and optimizers of a run, all as at step 0."""
+    accelerator.print(summary(recipe))
+    plan = plan_batches(recipe.data, accelerator.process_index, accelerator.num_processes)
+    with accelerator.main_process_first():
+        tokenizer, rows, validation, description = load_data(recipe, plan)
+    torch.manual_seed(recipe.run.seed)
+    model = build_model(recipe.model, tokenizer).to(accelerator.device)
+    optimizers = build_optimizers(model, recipe.optimizer)
+    forward = accelerator.prepare_model(model)
+    if recipe.run.compile:
+        forward = torch.compile(forward)
+    decay = recipe.optimizer.ema_decay
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        out=out,
+        tokenizer=tokenizer,
+        model=model,
+        forward=forward,
+        optimizers=optimizers,
+        average=WeightAverage(model, decay) if decay > 0 else None,
+        plan=plan,
+        validation=validation,
+        fingerprint=description["fingerprint"],
+        autocast=uses_bf16(recipe, accelerator.device),
+    )
+    run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    # Each process its own random numbers from here on; the weights above are the same on all.
+    torch.manual_seed(recipe.run.seed + 1 + plan.rank)
+    if run.is_main:
+        (out / "data.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+    accelerator.print(describe_run(run, description))
+    return run, rows
+
+
+def load_data(recipe: Recipe, plan: Plan):
+    """Tokenizer, training rows, validation tokens and the description for data.json."""
+    data = recipe.data
+    train_documents, validation_documents = load_documents(data)
+    tokenizer = build_tokenizer(recipe, train_documents)
+    folder, by_content = cache_folder(data), data.source != "hub"
+    description: dict[str, Any] = {"source": data.source, "path": data.path, "revision": data.revision}
+    if data.streaming:
+        rows = stream_rows(recipe, train_documents, tokenizer, plan)
+        description |= {"fingerprint": f"stream {data.path} {data.config_name} {data.split} {data.revision}"}
+    else:
+        stream = tokenise(train_documents, tokenizer, folder, by_content=by_content)
+        rows = PackedRows(
+            stream,
+            data.sequence_length,
+            recipe.run.seed,
+            reset=data.reset_at_documents,
+            shift=data.shift_each_epoch,
+        )
+        description |= {"fingerprint": stream.fingerprint, "train": stream.describe()}
+    validation = None
+    if validation_documents is not None:
+        validation = tokenise(validation_documents, tokenizer, folder, by_content=by_content)
+        if recipe.evaluation.max_documents:
+            validation = validation.first_documents(recipe.evaluation.max_documents)
+        description["validation"] = validation.describe() | split_description(recipe)
+    description["tokenizer"] = {"kind": data.tokenizer.kind, "path": data.tokenizer.path, "tokens": len(tokenizer)}
+    return tokenizer, rows, validation, description
+
+
+def stream_rows(recipe: Recipe, documents, tokenizer, plan: Plan) -> StreamedRows:
+    """The share of this process of a stream."""
+    from datasets.distributed import split_dataset_by_node
+
+    data = recipe.data
+    return StreamedRows(
+        split_dataset_by_node(documents, plan.rank, plan.processes),
+        tokenizer,
+        data.sequence_length,
+        recipe.run.seed,
+        block=data.shuffle_block,
+        reset=data.reset_at_documents,
+    )
+
+
+def split_description(recipe: Recipe) -> dict[str, Any]:
+    """How the validation documents were chosen."""
+    data = recipe.data
+    ways = ("validation_ids", "validation_fraction", "validation_split", "validation_documents")
+    return {way: getattr(data, way) for way in ways if getattr(data, way)}
+
+
+def describe_run(run: Run, description: dict[str, Any]) -> str:
+    """Three lines on what is about to happen."""
+    total, body = num_parameters(run.model)
+    plan, length = run.plan, run.recipe.data.sequence_length
+    train = description.get("train")
+    epochs = f", {run.recipe.schedule.steps * run.tokens_per_step / train['tokens']:.1f} epochs" if train else ""
+    size = (
+        f"{train['documents']:,} documents, {train['bytes']:,} bytes, {train['tokens']:,} tokens"
+        if train
+        else "stream"
+    )
+    return (
+        f"model    {run.model.config.model_type}, {total:,} weights ({body:,} without the embedding), attention "
+        f"{run.model.config._attn_implementation}, {'bf16 autocast' if run.autocast else 'fp32'} on {run.device}\n"
+        f"data     {size}, fingerprint {description['fingerprint']}\n"
+        f"batch    {run.tokens_per_step:,} tokens = {plan.micro_rows} rows x {length} tokens x {plan.accumulation} "
+        f"accumulation x {plan.processes} processes; {run.recipe.schedule.steps:,} steps{epochs}"
+    )

@@ -1,0 +1,427 @@
+"""Train a Forgetting Transformer on text.
+
+One GPU or CPU:   python -m fox_training.train --recipe training/recipes/demo.yaml
+Several GPUs:     accelerate launch -m fox_training.train --recipe training/recipes/fox_pro_125m.yaml
+A first try:      python -m fox_training.train --recipe training/recipes/demo.yaml --schedule.steps 20
+
+Every field of a recipe can be changed by its dotted name, as `--optimizer.learning_rate 1e-3` or
+`optimizer.learning_rate=1e-3`. The run writes recipe.yaml, data.json, metrics.jsonl, checkpoints/ and at the end
+model/ under run.output_dir; started again with the same run.output_dir it goes on from the newest complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checkpoint as ckpt
+from .batches import Batches, evaluation_batches
+from .models import export_model, pruned_share, prunes
+from .optimizers import set_learning_rate
+from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict, save_recipe
+from .recipe_help import describe_fields
+from .run import Run, open_output, set_up, start_accelerator
+from .tracking import MetricsLog, Progress, check_trackers, start_trackers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status.
+
+    Args:
+        argv: Arguments without the program's name; None takes them from the command line.
+    """
+    parser = argparse.ArgumentParser(prog="fox_training.train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--allow-recipe-change", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, overrides = parser.parse_known_args(argv)
+    if known.help:
+        print(help_text())
+        return 0
+    try:
+        if known.recipe is None:
+            raise RecipeError("--recipe FILE is missing. A first one to try: training/recipes/demo.yaml")
+        train(load_recipe(known.recipe, overrides), allow_recipe_change=known.allow_recipe_change)
+    except UserError as error:
+        if os.environ.get("FOX_TRACEBACK"):
+            raise
+        print(f"fox_training.train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def help_text() -> str:
+    """What --help prints."""
+    options = (
+        "  --recipe FILE\n        YAML file with the sections below; a field that it leaves out has its default.\n"
+        "  --allow-recipe-change\n        Resume although model, data or optimizer are not those of the checkpoint.\n"
+    )
+    return f"{__doc__}\n{options}\n{describe_fields()}"
+
+
+def train(recipe: Recipe, *, allow_recipe_change: bool = False) -> dict[str, Any]:
+    """Train from a recipe, or go on with a run that was interrupted.
+
+    Args:
+        recipe: See `recipe.Recipe`.
+        allow_recipe_change: Resume although model, data or optimizer differ from the checkpoint's recipe.
+
+    Returns:
+        The last evaluation, with `step`; just the step if nothing is held out.
+
+    Raises:
+        UserError: If something is wrong that the user can mend; nothing that was saved is lost.
+    """
+    out = open_output(recipe)
+    check_trackers(recipe.tracking)
+    accelerator = start_accelerator(recipe)
+    run, rows = set_up(recipe, accelerator, out)
+    first, data_state = resume(run, allow_recipe_change)
+    steps = recipe.schedule.steps
+    if first >= steps and (out / "model" / "config.json").is_file():
+        accelerator.print(f"{out} is complete at step {first}. Raise schedule.steps to go on.")
+        return {"step": first}
+    if run.is_main:
+        save_recipe(recipe, out / "recipe.yaml")
+        run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
+    start_trackers(accelerator, recipe.tracking, recipe_to_dict(recipe)["schedule"], first)
+    run.progress = Progress(steps, first, enabled=run.is_main)
+    batches = Batches(rows, run.plan, run.device, data_state)
+    try:
+        with catch_signals(run):
+            last = train_steps(run, batches, first)
+        if run.stop_signal:
+            name = signal.Signals(run.stop_signal).name
+            run.progress.say(f"stopped by {name}; the same command goes on from the checkpoint.")
+            return {"step": last["step"]}
+        finish(run)
+        return last
+    finally:
+        batches.close()
+        run.progress.close()
+        if run.metrics is not None:
+            run.metrics.close()
+        if recipe.tracking.trackers:
+            accelerator.end_training()
+
+
+def train_steps(run: Run, batches: Batches, first: int) -> dict[str, Any]:
+    """The loop: step, log, evaluate, save. Returns the last evaluation with its step."""
+    recipe, steps = run.recipe, run.recipe.schedule.steps
+    last: dict[str, Any] = {"step": first}
+    run.forward.train()
+    run.watch.start()
+    for step in range(first + 1, steps + 1):  # `step` counts the optimizer steps done when this round is over
+        micro_batches = next(batches)
+        share = set_learning_rate(run.optimizers, step - 1, recipe.schedule)
+        grad_norm = optimizer_step(run, micro_batches, step)
+        run.progress.step()
+
+        stopping = False
+        if step % recipe.tracking.log_every_steps == 0 or step == steps:
+            log(run, step, share * recipe.optimizer.learning_rate, grad_norm, micro_batches[0])
+            stopping = should_stop(run)
+        elif run.accelerator.num_processes == 1:
+            stopping = bool(run.stop_signal)
+
+        run.watch.stop()
+        if is_due(step, steps, recipe.evaluation.every_steps) and run.validation is not None:
+            last = {"step": step, **evaluate(run, step)}
+        if stopping or is_due(step, steps, recipe.checkpoint.every_steps):
+            save(run, step, batches.state_dict())
+        if stopping:
+            return {**last, "step": step}
+        run.watch.start()
+    run.watch.stop()
+    return last if last["step"] == steps else {**last, "step": steps}
+
+
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Every `every` steps and at the end; with 0 only at the end."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step: int) -> torch.Tensor:
+    """One optimizer step over all micro-batches; returns the gradient norm before clipping, on the device.
+
+    The loss of a micro-batch is its sum over the tokens of the whole step, times the number of processes because DDP
+    takes the mean over them: accumulation and the number of processes change nothing but rounding.
+    """
+    recipe = run.recipe
+    labels = run.plan.rows * (recipe.data.sequence_length - 1) / run.plan.processes
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    for number, batch in enumerate(micro_batches, start=1):
+        is_last = number == len(micro_batches)
+        with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.forward):
+            with run.precision():
+                loss = run.forward(**batch, use_cache=False, num_items_in_batch=labels).loss
+            loss.backward()
+        loss_sum += loss.detach()
+    parameters = [p for group in run.optimizers for g in group.param_groups for p in g["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm or math.inf)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if run.average is not None:
+        run.average.update(step - 1)
+    run.loss_sum += loss_sum
+    run.loss_steps += 1
+    return grad_norm
+
+
+def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+    """Write the figures since the last logged step. The first place where the device is waited for."""
+    loss = mean_loss(run)
+    norm = grad_norm.item()
+    seconds = run.watch.lap()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise diverged(run, step, loss, norm)
+    values = {
+        "step": step,
+        "tokens": step * run.tokens_per_step,
+        "loss": loss,
+        "lr": learning_rate,
+        "grad_norm": norm,
+        "tokens_per_second": run.loss_steps * run.tokens_per_step / seconds if seconds > 0 else 0.0,
+        "train_seconds": run.watch.seconds,
+    }
+    if run.recipe.tracking.pruning and prunes(run.model):
+        with run.precision():
+            values["pruned_fraction"] = pruned_share(run.model, batch)
+    run.loss_sum.zero_()
+    run.loss_steps = 0
+    write_metrics(run, values)
+    run.progress.log(values)
+
+
+def mean_loss(run: Run) -> float:
+    """Mean over the steps since the last logged one and over all processes, in nats per token."""
+    total = run.accelerator.reduce(run.loss_sum, reduction="mean")
+    return total.item() / max(1, run.loss_steps)
+
+
+def diverged(run: Run, step: int, loss: float, norm: float) -> UserError:
+    """The error for a loss that is no number."""
+    found = run.checkpoints.all()
+    saved = f"The newest checkpoint is {found[-1].name}" if found else "There is no checkpoint yet"
+    return UserError(
+        f"the loss at step {step} is {loss} with gradient norm {norm}: training has diverged and stops. {saved}. "
+        "Lower optimizer.learning_rate, or raise schedule.warmup_steps, and use a new run.output_dir."
+    )
+
+
+def write_metrics(run: Run, values: dict[str, Any]) -> None:
+    """One line of metrics.jsonl, and the same to the trackers."""
+    if run.metrics is not None:
+        run.metrics.write(values)
+    if run.recipe.tracking.trackers:
+        step = values["step"]
+        run.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=step)
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> dict[str, float]:
+    """Nats per token and bits per UTF-8 byte over all text tokens of the validation documents."""
+    recipe = run.recipe
+    length = recipe.evaluation.sequence_length or recipe.data.sequence_length
+    rows = recipe.evaluation.batch_size or run.plan.micro_rows
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # nats, tokens
+    for batch in evaluation_batches(
+        run.validation,
+        length,
+        rows,
+        overlap=recipe.evaluation.overlap,
+        rank=run.plan.rank,
+        processes=run.plan.processes,
+    ):
+        inputs = {name: value.to(run.device) for name, value in batch._asdict().items()}
+        with run.precision():
+            nats = run.model(**inputs, use_cache=False, num_items_in_batch=1).loss
+        sums[0] += nats
+        sums[1] += int((batch.labels[:, 1:] >= 0).sum())
+    nats, tokens = run.accelerator.reduce(sums, reduction="sum").tolist()
+    return {
+        "eval_loss": nats / tokens,
+        "eval_bits_per_byte": nats / math.log(2) / run.validation.num_bytes,
+        "eval_tokens": int(tokens),
+    }
+
+
+def evaluate(run: Run, step: int) -> dict[str, float]:
+    """Validation loss at this step; the best weights so far go to checkpoints/best if the recipe exports them."""
+    run.model.eval()
+    with run.averaged():
+        values = validation_loss(run)
+        if not math.isfinite(values["eval_loss"]):
+            raise diverged(run, step, values["eval_loss"], math.nan)
+        is_best = run.best is None or values["eval_loss"] < run.best["loss"]
+        if is_best:
+            run.best = {"step": step, "loss": values["eval_loss"]}
+            if run.recipe.checkpoint.export == "best" and run.is_main:
+                ckpt.write_folder(run.out / "checkpoints" / "best", lambda folder: write_best(run, folder))
+    run.model.train()
+    write_metrics(run, {"step": step, **values, "train_seconds": run.watch.seconds})
+    mark = " (best so far)" if is_best else ""
+    run.progress.say(
+        f"eval step {step}: {values['eval_loss']:.4f} nats/token, {values['eval_bits_per_byte']:.4f} bits/byte{mark}"
+    )
+    return values
+
+
+def write_best(run: Run, folder: Path) -> None:
+    """Weights of the lowest validation loss, and which step they are of."""
+    ckpt.save_weights(run.model, folder / "model.safetensors")
+    ckpt.save_state({"best": run.best}, folder)
+
+
+def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
+    """Write a resumable checkpoint; never of weights that are no numbers."""
+    loss = mean_loss(run)
+    if not math.isfinite(loss):
+        raise diverged(run, step, loss, math.nan)
+    state = {
+        "step": step,
+        "processes": run.plan.processes,
+        "fingerprint": run.fingerprint,
+        "data": data_state if "stream" not in data_state else None,
+        "loss_sum": loss * run.loss_steps,
+        "loss_steps": run.loss_steps,
+        "train_seconds": run.watch.seconds,
+        "best": run.best,
+        "recipe": recipe_to_dict(run.recipe),
+    }
+
+    def write_main(folder: Path) -> None:
+        ckpt.save_weights(run.model, folder / "model.safetensors")
+        if run.average is not None:
+            ckpt.save_tensors(run.average.state_dict(), folder / "average.safetensors")
+        for number, optimizer in enumerate(run.optimizers):
+            ckpt.save_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
+        ckpt.save_state(state, folder)
+
+    def write_own(folder: Path) -> None:
+        ckpt.save_random_state(folder, run.plan.rank, run.device)
+        if "stream" in data_state:
+            (folder / f"data_{run.plan.rank:05d}.json").write_text(json.dumps(data_state), encoding="utf-8")
+
+    if run.metrics is not None:
+        run.metrics.sync()
+    run.checkpoints.save(step, write_main, write_own, is_main=run.is_main, barrier=run.accelerator.wait_for_everyone)
+
+
+def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | None]:
+    """Load the newest intact checkpoint; returns the steps done and the data position.
+
+    Raises:
+        UserError: If the recipe or the data are not those of the checkpoint, or checkpoint.resume forbids it.
+    """
+    policy = run.recipe.checkpoint.resume
+    folder = run.checkpoints.newest(run.accelerator.print)
+    if folder is None:
+        if policy == "must":
+            raise RecipeError(f"checkpoint.resume is must and {run.checkpoints.root} holds no checkpoint. Use auto.")
+        return 0, None
+    if policy == "never":
+        raise RecipeError(f"checkpoint.resume is never and {folder} exists. Use another run.output_dir, or auto.")
+    state = ckpt.load_state(folder)
+    check_same_run(run, state, allow_recipe_change)
+    ckpt.load_weights(run.model, folder / "model.safetensors")
+    if run.average is not None:
+        run.average.load_state_dict(ckpt.load_tensors(folder / "average.safetensors"))
+    for number, optimizer in enumerate(run.optimizers):
+        ckpt.load_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
+    if not ckpt.load_random_state(folder, run.plan.rank, run.device):
+        run.accelerator.print("random state restarted: the checkpoint was written by fewer processes.")
+    run.loss_sum.fill_(state["loss_sum"])
+    run.loss_steps, run.best = state["loss_steps"], state["best"]
+    run.watch.seconds = state["train_seconds"]
+    run.accelerator.print(f"resumed from {folder.name}, written by {state['processes']} process(es)")
+    return state["step"], state["data"] or load_stream_position(run, folder, state)
+
+
+def check_same_run(run: Run, state: dict[str, Any], allow_recipe_change: bool) -> None:
+    """Refuse to go on with another model, other data or another optimizer."""
+    changes = changed_keys(state["recipe"], recipe_to_dict(run.recipe))
+    if not changes and state["fingerprint"] != run.fingerprint:
+        changes = [
+            f"data fingerprint: {state['fingerprint']} -> {run.fingerprint} (the files or the tokenizer changed)"
+        ]
+    if changes and not allow_recipe_change:
+        raise RecipeError(
+            "the recipe is not that of the checkpoint: "
+            + "; ".join(changes)
+            + ". Use another run.output_dir, or go on "
+            "all the same with --allow-recipe-change."
+        )
+    for change in changes:
+        run.accelerator.print(f"recipe changed: {change}")
+
+
+def load_stream_position(run: Run, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Position of this process in a stream."""
+    if state["processes"] != run.plan.processes:
+        raise RecipeError(
+            f"data.streaming resumes with the number of processes that wrote the checkpoint, {state['processes']}; "
+            f"got {run.plan.processes}. Start as many, or tokenise first with data.streaming false."
+        )
+    return json.loads((folder / f"data_{run.plan.rank:05d}.json").read_text(encoding="utf-8"))
+
+
+def should_stop(run: Run) -> bool:
+    """Whether any process was told to stop; asked at logged steps only, because the answer takes a round trip."""
+    if run.accelerator.num_processes == 1:
+        return bool(run.stop_signal)
+    flag = torch.tensor(float(run.stop_signal), device=run.device)
+    total = run.accelerator.reduce(flag, reduction="sum").item()
+    if total and not run.stop_signal:
+        run.stop_signal = signal.SIGTERM
+    return total > 0
+
+
+@contextlib.contextmanager
+def catch_signals(run: Run):
+    """SIGTERM and the first Ctrl-C ask for a checkpoint and a clean end; the second Ctrl-C ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request(number, frame):
+        run.stop_signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(run: Run) -> None:
+    """Write OUT/model, which `from_pretrained` loads."""
+    run.accelerator.wait_for_everyone()
+    if not run.is_main:
+        return
+    best = run.out / "checkpoints" / "best"
+    run.model.eval()
+    with run.averaged():
+        if run.recipe.checkpoint.export == "best":
+            ckpt.verify_folder(best)
+            ckpt.load_weights(run.model, best / "model.safetensors")
+        export_model(run.model, run.tokenizer, run.out / "model")
+    which = f"step {run.best['step']}, the best" if run.recipe.checkpoint.export == "best" else "the last step"
+    run.progress.say(f"saved {run.out / 'model'} ({which}) after {run.watch.seconds:.1f} s of training")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
