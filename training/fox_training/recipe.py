@@ -454,6 +454,8 @@ def _convert_scalar(value: Any, kind: type, name: str) -> Any:
     if kind is str:
         if isinstance(value, (bool, dict, list)) or value is None:
             raise RecipeError(f"{name} must be text; got {value!r}.")
+        if value == "":
+            raise RecipeError(f"{name} must not be empty. Leave it out, or write null where that is allowed.")
         return str(value)
     if kind is bool:
         if not isinstance(value, bool):

@@ -1,0 +1,168 @@
+"""Recipes: what is written is what is trained, and everything else is an error."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fox_training.models import build_model
+from fox_training.recipe import (
+    Recipe,
+    RecipeError,
+    changed_keys,
+    load_recipe,
+    parse_overrides,
+    recipe_to_dict,
+    save_recipe,
+    summary,
+)
+from fox_training.recipe_help import describe_fields
+from fox_training.tokenizers import byte_tokenizer
+
+RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_its_model_can_be_built(path):
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        model = build_model(recipe.model, byte_tokenizer())
+    for name, value in recipe.model.config.items():
+        assert getattr(model.config, name) == value
+    assert recipe.schedule.steps > recipe.schedule.warmup_steps
+
+
+def test_the_paper_recipe_has_the_size_and_batch_of_the_paper():
+    recipe = load_recipe(RECIPES[0].with_name("fox_pro_125m.yaml"))
+    assert recipe.data.batch_size * recipe.data.sequence_length == 524_288
+    assert recipe.schedule.steps * 524_288 == 2_684_354_560
+    assert recipe.schedule.warmup_steps * 524_288 == 268_435_456
+
+
+@pytest.mark.parametrize(
+    "override",
+    [["--optimizer.learning_rate", "1e-3"], ["--optimizer.learning_rate=1e-3"], ["optimizer.learning_rate=1e-3"]],
+)
+def test_three_spellings_of_an_override_mean_the_same(override):
+    assert load_recipe(None, override).optimizer.learning_rate == 1e-3
+
+
+def test_a_later_override_wins_over_an_earlier_one_and_over_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("schedule: {steps: 5}\n")
+    assert load_recipe(tmp_path / "r.yaml").schedule.steps == 5
+    assert load_recipe(tmp_path / "r.yaml", ["schedule.steps=6", "--schedule.steps", "7"]).schedule.steps == 7
+
+
+def test_negative_numbers_and_lists_can_be_overridden():
+    recipe = load_recipe(None, ["--model.config.log_pruning_tolerance", "-10", "data.validation_ids=[a,b]"])
+    assert recipe.model.config == {"log_pruning_tolerance": -10}
+    assert recipe.data.validation_ids == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rat=1e-3", "Did you mean optimizer.learning_rate"),
+        ("optimiser.learning_rate=1e-3", "Did you mean optimizer"),
+        ("data.tokenizer.kin=byte", "Did you mean data.tokenizer.kind"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate must be a finite number; got nan"),
+        ("optimizer.learning_rate=.inf", "must be a finite number"),
+        ("model.config.initializer_range=.nan", "model.config.initializer_range must be a finite number"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a number; got 'fast'"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be above 0; got -1"),
+        ("optimizer.beta2=1", "optimizer.beta2 must be at least 0 and below 1; got 1"),
+        ("schedule.steps=1.5", "schedule.steps must be an integer; got 1.5"),
+        ("schedule.steps=true", "schedule.steps must be an integer; got True"),
+        ("schedule.steps=0", "schedule.steps must be at least 1; got 0"),
+        ("run.compile=1", "run.compile must be true or false; got 1"),
+        ("optimizer.name=sgd", "optimizer.name must be one of adamw, muon; got 'sgd'"),
+        ("optimizer=3", "optimizer must be a section"),
+        ("run.output_dir=", "run.output_dir"),
+        ("data.source=hub", "data.path must name the data"),
+        ("data.path=x", "data.path is only read with data.source local or hub"),
+        ("data.tokenizer.kind=hub", "data.tokenizer.path must name a tokenizer"),
+        ("data.micro_batch_size=5", "data.batch_size must be a multiple of data.micro_batch_size 5; got 32"),
+        ("checkpoint.export=best", "checkpoint.export best needs validation data"),
+        ("data.streaming=true", "data.streaming needs data.source local or hub"),
+        ("evaluation.overlap=5000", "evaluation.overlap must be below"),
+        ("steps", "'steps' is no override"),
+        ("--schedule.steps", "has no value"),
+    ],
+)
+def test_a_mistake_is_named_with_the_value_and_what_to_do(override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(None, [override])
+
+
+def test_two_ways_to_hold_out_data_contradict_each_other():
+    with pytest.raises(RecipeError, match="data.validation_ids and data.validation_fraction"):
+        load_recipe(None, ["data.validation_ids=[a]", "data.validation_fraction=0.1"])
+
+
+def test_an_unknown_model_field_is_an_error_with_the_nearest_name():
+    recipe = load_recipe(None, ["model.config.hiden_size=64"])
+    with pytest.raises(RecipeError, match="model.config.hiden_size. Did you mean hidden_size"):
+        build_model(recipe.model, byte_tokenizer())
+
+
+def test_a_model_that_contradicts_itself_is_an_error_with_its_reason():
+    recipe = load_recipe(None, ["model.config.hidden_size=65", "model.config.num_attention_heads=4"])
+    with pytest.raises(RecipeError, match="hidden_size"):
+        build_model(recipe.model, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a\n- b\n", "must hold sections"), ("a: [1\n", "no valid YAML"), ("dta: {}\n", "Did you mean data")],
+)
+def test_a_broken_file_is_an_error(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_missing_file_names_the_one_that_was_meant(tmp_path):
+    (tmp_path / "demo.yaml").write_text("")
+    with pytest.raises(RecipeError, match="Did you mean demo.yaml"):
+        load_recipe(tmp_path / "demos.yaml")
+
+
+def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path):
+    recipe = load_recipe(None, ["optimizer.learning_rate=1e-3", "model.config.rms_norm_eps=1e-6"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert set(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == {f.name for f in dataclasses.fields(Recipe)}
+
+
+def test_only_what_changes_the_result_counts_as_a_change():
+    old = recipe_to_dict(load_recipe(None))
+    new = load_recipe(None, ["optimizer.beta2=0.9", "data.cache_dir=/x", "schedule.steps=7", "data.micro_batch_size=1"])
+    assert changed_keys(old, recipe_to_dict(new)) == ["optimizer.beta2: 0.95 -> 0.9"]
+    added = load_recipe(None, ["model.config.use_rope=true"])
+    assert changed_keys(old, recipe_to_dict(added)) == ["model.config.use_rope: absent -> True"]
+
+
+def test_help_lists_every_field_with_a_meaning_and_its_default():
+    text = describe_fields()
+
+    def names(cls, prefix):
+        for item in dataclasses.fields(cls):
+            value = getattr(cls(), item.name)
+            path = f"{prefix}{item.name}"
+            yield from names(type(value), path + ".") if dataclasses.is_dataclass(value) else [path]
+
+    for name in names(Recipe, ""):
+        block = text.split(f"--{name} ", 1)[1].split("\n  --", 1)[0]
+        assert "(default:" in " ".join(block.split()), name
+        assert len(block.split("(default:")[0].split()) > 3, f"{name} has no meaning"
+
+
+def test_summary_shows_the_differences_only():
+    assert summary(load_recipe(None)) == ""
+    assert summary(load_recipe(None, ["schedule.steps=7"])).split() == ["schedule", "steps=7"]
+
+
+def test_overrides_keep_an_equals_sign_in_the_value():
+    assert parse_overrides(["--data.path=a=b"]) == [("data.path", "a=b")]
