@@ -1,0 +1,35 @@
+"""Seeds, GPU selection, and memory that starts as NaN so that an output nobody wrote cannot pass for zeros."""
+
+import os
+
+import pytest
+import torch
+
+# Two cores are shared by the test workers: more threads than cores only makes them wait for each other.
+torch.set_num_threads(int(os.environ.get("FOX_TEST_THREADS", "1")))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every uninitialised floating tensor is full of NaN, every integer one of its largest value."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

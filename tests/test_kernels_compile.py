@@ -1,0 +1,38 @@
+"""Every Triton kernel compiles for GPUs that are not there, exactly as it is launched, and does not spill where it matters."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+pytestmark = [
+    pytest.mark.compile_ahead,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"),
+    pytest.mark.skipif(os.environ.get("FOX_COMPILE_AHEAD") != "1", reason="takes minutes: set FOX_COMPILE_AHEAD=1"),
+    # Triton 3.9 announces the default of 3.10.
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes a block may use
+NAMES = ("forward", "backward_query", "backward_key")
+
+CASES = [("bfloat16", dim, target) for dim in (64, 128, 256) for target in SHARED_MEMORY]
+CASES += [("float32", dim, "sm_90") for dim in (64, 256)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "dim", "target"), CASES)
+def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
+    from compile_ahead import compile_launch, record_launches, resources
+
+    used = resources(compile_launch(record_launches(dim, getattr(torch, dtype))[name], target))
+    print(name, dtype, dim, target, used)
+    assert used["shared_bytes"] <= SHARED_MEMORY[target]
+    assert sum(used["spills_in_loops"]) == 0, used
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_for_amd(name):
+    from compile_ahead import compile_launch, record_launches
+
+    assert compile_launch(record_launches(64, torch.bfloat16)[name], "gfx942").asm["amdgcn"]
