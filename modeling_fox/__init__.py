@@ -1,0 +1,46 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The Forgetting Transformer (FoX) for Transformers v5.
+
+Importing this package is what makes Transformers know `model_type: "fox"`:
+
+```python
+>>> import modeling_fox
+>>> from transformers import AutoModelForCausalLM
+
+>>> model = AutoModelForCausalLM.from_pretrained("path/to/a/fox/model")
+```
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
+
+from .cache_fox import FoxDynamicLayer, FoxStaticLayer
+from .configuration_fox import FoxConfig
+from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
+from .modeling_fox import FoxForCausalLM, FoxForSequenceClassification, FoxModel, FoxPreTrainedModel
+
+# exist_ok: a second import of this package under another name, as in a notebook that reloads it, must not fail.
+AutoConfig.register("fox", FoxConfig, exist_ok=True)
+AutoModel.register(FoxConfig, FoxModel, exist_ok=True)
+AutoModelForCausalLM.register(FoxConfig, FoxForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(FoxConfig, FoxForSequenceClassification, exist_ok=True)
+
+# Parts of Transformers look the class name up here and not in the registries above. One of them is Trainer, which
+# would take the loss with label smoothing of unshifted labels for a class that it does not find.
+modeling_auto.MODEL_MAPPING_NAMES["fox"] = "FoxModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fox"] = "FoxForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForSequenceClassification"
+
+__all__ = [
+    "FoxConfig",
+    "FoxDynamicLayer",
+    "FoxForCausalLM",
+    "FoxForSequenceClassification",
+    "FoxModel",
+    "FoxPreTrainedModel",
+    "FoxStaticLayer",
+    "PruningStats",
+    "forget_gates",
+    "pruning_stats",
+]

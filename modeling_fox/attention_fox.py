@@ -1,0 +1,385 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The four attention backends of FoX, their masks, and which of them is the default.
+
+All compute, for the query at position i of each head,
+
+    o_i = sum_{j <= i} p_ij v_j,    p_i = softmax_j(scaling * q_i . k_j + c_i - c_j),    c = cumsum(log f)
+
+c_i is the same for all keys of a query and cancels in the softmax; backends may drop or replace it.
+
+| name             | how                                                     | memory | notes                         |
+| ---------------- | ------------------------------------------------------- | ------ | ----------------------------- |
+| `eager`          | the formula, softmax in fp32                            | T * S  | the definition, gives weights |
+| `sdpa`           | `-c_j` as extra channels of the keys, PyTorch's kernels | T + S  | packed documents: T * S bits  |
+| `flex_attention` | `c_i - c_j` in a score_mod                              | T + S  | backward needs a GPU          |
+| `fox_acp`        | `fox_kernels.forgetting_attention`                      | T + S  | the only one that prunes      |
+
+Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim. The queries are the last T of the S
+positions, except in a static cache, whose unfilled end is masked and holds gates of 1.
+Tensors:  query (B, H, T, D);  key, value (B, H_kv, S, D);  log_fgate (B, H, S) fp32 nats, 0 at padding;
+          document_starts (B, S) bool or None: no token at or after such a position sees one before it.
+Every backend takes `(module, query, key, value, attention_mask, scaling, log_fgate, ...)` and returns the output as
+`(B, T, H, D)` and the attention weights or None.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils.import_utils import is_tracing
+
+try:
+    from fox_kernels import forgetting_attention
+except ImportError:
+    forgetting_attention = None
+
+FOX_BACKENDS = ("eager", "sdpa", "flex_attention", "fox_acp")
+"""Values of `attn_implementation` that carry the forget gates. Any other would drop them without a word."""
+
+KERNELS_MISSING = (
+    "`attn_implementation='fox_acp'` needs the package fox_kernels, which is not installed. Run "
+    "`pip install 'fox-transformers[kernels]'`, or use 'sdpa', which computes the same without pruning."
+)
+
+# Products in fp16 must stay below 65504. A factor of 1024 on the query side lets the first channel of a key stand
+# for decays up to 8e6 nats; the two channels after it hold what rounding to 11 bits left over.
+FP16_FACTOR = 1024.0
+
+
+def default_attn_implementation() -> str:
+    """The fastest exact backend of this machine.
+
+    `fox_acp` where there is a CUDA device and fox_kernels is installed, else `sdpa`.
+    """
+    return "fox_acp" if forgetting_attention is not None and torch.cuda.is_available() else "sdpa"
+
+
+def check_attn_implementation(name: str | None) -> None:
+    """Refuse a backend that cannot carry the gates or is not installed; `None`, the default, is always fine.
+
+    Raises:
+        ValueError: If `name` is not in `FOX_BACKENDS`.
+        ImportError: If it is `"fox_acp"` and fox_kernels is missing.
+    """
+    if name is not None and name not in FOX_BACKENDS:
+        raise ValueError(
+            f"`attn_implementation` must be one of {FOX_BACKENDS}; got {name!r}. The others have no place for the "
+            "forget gates. 'sdpa' runs PyTorch's FlashAttention."
+        )
+    if name == "fox_acp" and forgetting_attention is None:
+        raise ImportError(KERNELS_MISSING)
+
+
+def repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Copy every key head for the query heads that share it: `(B, H_kv, S, D)` to `(B, num_heads, S, D)`."""
+    groups = num_heads // states.shape[1]
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+    """The definition, with the whole score matrix in memory. Weights: `(B, H, T, S)`, dtype of `query`."""
+    num_heads, num_queries = query.shape[1:3]
+    key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
+    running = log_fgate.cumsum(dim=-1)
+    # In a static cache the last positions are not the queries; c_i is then off by the same amount for every key.
+    decay = running[..., -num_queries:, None] - running[..., None, :]
+    # Future keys are masked below; their "decay" is positive and could overflow.
+    scores = (query @ key.transpose(-1, -2)).float() * scaling + decay.clamp(max=0.0)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def decay_channels(log_fgate: torch.Tensor, scaling: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+    """Channels to append to the keys so that a dot product with `(factor, 1, ..., 1)`, times `scaling`, gives `-c_j`.
+
+    fp32 takes one channel, wrong by at most `2^-24 |c_j|`. bf16 and fp16 take three that add up to as many bits: with
+    fewer the decay itself would be wrong by whole nats after some hundred tokens.
+
+    Returns:
+        `(B, H, S, 1 or 3)` of `dtype`, and the factor that the query needs in the first of them.
+    """
+    offset = log_fgate.cumsum(dim=-1) / -scaling
+    if dtype not in (torch.bfloat16, torch.float16):
+        return offset.to(dtype).unsqueeze(-1), 1.0
+    factor = FP16_FACTOR if dtype == torch.float16 else 1.0
+    high = (offset / factor).to(dtype)
+    # What is left over is found without gradient: it flows through `high`, whose gradient is that of the whole sum.
+    with torch.no_grad():
+        rest = offset - high.float() * factor
+        middle = rest.to(dtype)
+        low = (rest - middle.float()).to(dtype)
+    return torch.stack((high, middle, low), dim=-1), factor
+
+
+def fold_decay(query, key, value, log_fgate, scaling):
+    """Return q', k', v' such that ordinary attention of them, cut back to D channels, is forgetting attention."""
+    num_heads, head_dim = query.shape[1], query.shape[-1]
+    channels, factor = decay_channels(log_fgate, scaling, query.dtype)
+    num_channels = channels.shape[-1]
+    # GPU kernels want rows of 16 bytes.
+    multiple = 16 // query.element_size() if query.is_cuda else 1
+    num_zeros = -(head_dim + num_channels) % multiple
+    row = query.new_ones(())
+    parts = [query, (row * factor).expand(*query.shape[:-1], 1)]
+    if num_channels > 1:
+        parts.append(row.expand(*query.shape[:-1], num_channels - 1))
+    keys = [repeat_heads(key, num_heads), channels]
+    if num_zeros:
+        parts.append(row.new_zeros(()).expand(*query.shape[:-1], num_zeros))
+        keys.append(row.new_zeros(()).expand(*channels.shape[:-1], num_zeros))
+    # Equal widths throughout: PyTorch's flash kernels take no other.
+    value = F.pad(repeat_heads(value, num_heads), (0, num_channels + num_zeros))
+    return torch.cat(parts, dim=-1), torch.cat(keys, dim=-1), value
+
+
+def attend_one_query(query, key, value, attention_mask, scaling, log_fgate):
+    """Decoding, T = 1: the decay is a single row, so it goes in as a mask and keys and values need no copy."""
+    batch, num_heads, _, head_dim = query.shape
+    # Summed from the end, so that the recent tokens, which matter, are exact: sum of log f over the tokens after j.
+    decay = log_fgate.flip(-1).cumsum(dim=-1).flip(-1) - log_fgate
+    bias = decay.to(query.dtype).unsqueeze(2)
+    if attention_mask is not None:
+        is_bool = attention_mask.dtype == torch.bool
+        bias = bias.masked_fill(~attention_mask, float("-inf")) if is_bool else bias + attention_mask
+    # The query heads of a group become rows that share its keys.
+    grouped = (batch, key.shape[1], -1)
+    out = F.scaled_dot_product_attention(
+        query.reshape(*grouped, head_dim), key, value, attn_mask=bias.reshape(*grouped, key.shape[2]), scale=scaling
+    )
+    return out.reshape(batch, 1, num_heads, head_dim)
+
+
+def sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+    """PyTorch's own kernels on keys widened by the decay: linear memory, forward and backward."""
+    num_queries, head_dim = query.shape[2:]
+    if num_queries == 1:
+        return attend_one_query(query, key, value, attention_mask, scaling, log_fgate), None
+    if attention_mask is None and key.shape[2] > num_queries:
+        # Transformers makes no mask for the first tokens in a static cache; the rest of it is still empty.
+        key, value, log_fgate = key[:, :, :num_queries], value[:, :, :num_queries], log_fgate[..., :num_queries]
+    query, key, value = fold_decay(query, key, value, log_fgate, scaling)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=attention_mask is None
+    )
+    return out[..., :head_dim].transpose(1, 2).contiguous(), None
+
+
+def flex_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+    """FlexAttention with the decay in its score_mod. `attention_mask` is a `BlockMask`."""
+    num_heads, num_queries = query.shape[1:3]
+    groups = num_heads // key.shape[1]
+    # FlexAttention shares keys between a power of two of heads only.
+    if groups & (groups - 1):
+        key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
+    running = log_fgate.cumsum(dim=-1)
+    # Two tensors, as FlexAttention cannot differentiate one that is indexed twice. The gradient of the queries' part
+    # is zero anyway: it adds the same amount to every score of a row.
+    query_sum = running.detach()[..., -num_queries:].contiguous()
+
+    def add_decay(score, batch, head, query_idx, key_idx):
+        return score + (query_sum[batch, head, query_idx] - running[batch, head, key_idx])
+
+    out = compile_friendly_flex_attention(
+        query,
+        key,
+        value,
+        score_mod=add_decay,
+        block_mask=attention_mask,
+        enable_gqa=key.shape[1] != num_heads,
+        scale=scaling,
+        training=module.training,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def fox_acp_attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    log_fgate,
+    document_starts=None,
+    num_keys=None,
+    **kwargs,
+):
+    """`fox_kernels.forgetting_attention`, with adaptive computation pruning if the config asks for it.
+
+    Args:
+        attention_mask: What `fox_acp_mask` returned: `None`, `(B,)` the first real token of each sequence, or a 4D
+            mask. The operator takes no 4D mask; `sdpa` then computes the same without pruning.
+        num_keys: Keys in use in a static cache, 0 if that is unknown while compiling; `None` means all.
+    """
+    sink = getattr(module, "pruning_sink", None)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if sink is not None:
+            nothing = log_fgate.new_zeros(query.shape[1])
+            sink(nothing, nothing)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate)
+    if num_keys == 0:
+        raise ValueError(
+            f"`attn_implementation='fox_acp'` cannot compile a call with {query.shape[2]} tokens on a static cache. "
+            "Leave the prompt uncompiled, as `generate` does, or use 'sdpa'."
+        )
+    if num_keys is not None:
+        key, value, log_fgate = key[:, :, :num_keys], value[:, :, :num_keys], log_fgate[..., :num_keys]
+    if document_starts is not None:
+        log_fgate = log_fgate.masked_fill(document_starts[:, None, :], float("-inf"))
+    tolerance = module.config.log_pruning_tolerance
+    out = forgetting_attention(
+        query,
+        key,
+        value,
+        log_fgate,
+        scale=scaling,
+        log_pruning_tolerance=tolerance,
+        pruning_rule=module.config.pruning_rule,
+        logit_bound=None if tolerance is None else module.logit_bound(query.shape[1], query.dtype),
+        key_start=attention_mask,
+        return_stats=sink is not None,
+    )
+    if sink is not None:
+        out, stats = out
+        sink(stats.pruned_fraction, stats.lost_mass_bound)
+    return out.transpose(1, 2), None
+
+
+def fox_acp_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs,
+) -> torch.Tensor | None:
+    """Mask of `fox_acp`, with the signature of Transformers' mask functions.
+
+    The operator is causal by itself, learns of documents by closed gates, and takes the start of each sequence, which
+    says all about left padding. Padding on the right needs no mask either: only padding sees it.
+
+    Returns:
+        `None` if nothing is padded; `(B,)` int32, the first real token of each sequence; or a bool `(B, 1, T, S)`
+        where that is not enough: padding between real tokens, one token in a static cache, and while tracing, when
+        the values of a mask cannot be looked at.
+    """
+
+    def dense():
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            **kwargs,
+        )
+
+    tracing = is_tracing(attention_mask)
+    is_static = isinstance(q_offset, torch.Tensor) or kv_length != q_offset + q_length
+    if is_static and (q_length == 1 or tracing):
+        return dense()
+    if attention_mask is None:
+        return None
+    if tracing:
+        return dense()
+    real = attention_mask[:, :kv_length]
+    if real.all():
+        return None
+    rises = (real[:, 1:] & ~real[:, :-1]).sum(dim=-1) + real[:, 0]
+    # More than one run of real tokens: padding in between, as after a padded turn of a chat. A mask that ends in
+    # padding is cut short too, unless the whole of it belongs to this call, when only padding follows.
+    if (rises > 1).any():
+        return dense()
+    return real.int().argmax(dim=-1).to(torch.int32)
+
+
+def find_document_starts(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch_size: int
+) -> torch.Tensor | None:
+    """First tokens of packed documents, `(B, T)` bool, where `position_ids` do not go on by one; `None` if nowhere.
+
+    Where padding begins or ends they may jump without a document starting.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return None
+    starts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0)).expand(batch_size, -1)
+    if attention_mask is not None:
+        real = attention_mask[:, -starts.shape[1] :].bool()
+        starts = starts & real & F.pad(real[:, :-1], (1, 0))
+    if not is_tracing(starts) and not starts.any():
+        return None
+    return starts
+
+
+def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):
+    """Make what the layers need from what the model was given.
+
+    Args:
+        attention_mask: `(B, S)`, 0 at padding; a 4D mask, passed on as it is; or the dict that `generate` makes itself
+            for a cache of fixed shape.
+        position_ids: `(B, T)`; see `find_document_starts`.
+
+    Returns:
+        `{"full_attention": mask of the backend, "linear_attention": (B, T), 0 at padding, or None}`, and the first
+        tokens of packed documents, `(B, T)` bool, or `None`.
+
+    Raises:
+        ValueError: If documents are packed and there is a cache or padding: not every backend tells them apart then.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask, None
+    document_starts = None
+    if attention_mask is None or attention_mask.dim() == 2:
+        document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
+    if document_starts is not None:
+        is_mixed = past_key_values is not None
+        if attention_mask is not None and not is_tracing(document_starts):
+            is_mixed = is_mixed or not attention_mask.all()
+        if not is_mixed:
+            # Transformers looks for documents only if it gets no mask.
+            attention_mask = None
+        elif is_tracing(document_starts):
+            # Nothing is known of the values, but that this call is allowed: so it is one document.
+            document_starts = None
+        else:
+            raise ValueError(
+                "`position_ids` must go on by one within a sequence when there is a cache or padding; got packed "
+                "documents. Pass `use_cache=False` and no `attention_mask`, or one document a row."
+            )
+    mask_kwargs = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    masks = {
+        "full_attention": create_causal_mask(**mask_kwargs),
+        "linear_attention": create_recurrent_attention_mask(**mask_kwargs),
+    }
+    return masks, document_starts
+
+
+AttentionInterface.register("fox_acp", fox_acp_attention_forward)
+AttentionMaskInterface.register("fox_acp", fox_acp_mask)
+# For `generate`, which makes the masks itself when the cache is compileable: the same two that FoxModel makes.
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["forgetting_attention"] = {
+    "full_attention": create_causal_mask,
+    "linear_attention": create_recurrent_attention_mask,
+}
+
+__all__ = ["FOX_BACKENDS", "check_attn_implementation", "default_attn_implementation"]

@@ -1,0 +1,219 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Cache layers of FoX: keys, values, the log forget gates and the token that the shift looks back to.
+
+Defining them enters them in the tables from which `DynamicCache(config=...)`, `StaticCache(config=...)` and `generate`
+build their layers. The gates are stored per token and not as their running sum: dropping, reordering or continuing a
+sequence then needs no correction, and the sum over the tokens since a key is as precise as fp32 allows.
+
+Shapes: B batch, H query heads, H_kv key heads, S cached tokens, D head dim.
+"""
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import is_torchdynamo_compiling
+
+
+class FoxDynamicLayer(DynamicLayer):
+    """Cache of one layer that grows with the sequence.
+
+    Attributes:
+        keys, values: `(B, H_kv, S, D)`, after shift, norm and rotation.
+        log_fgate: `(B, H, S)` fp32 nats, `None` before the first token.
+        shift_keys, shift_values: Projections of the last token before the shift, `(B, 1, H_kv, D)`; between
+            `activate_past_recording` and the crops that follow, those of every token since, `(B, n, H_kv, D)`.
+    """
+
+    _layer_type = "forgetting_attention"
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.record_past = False
+        self._drop_own_states()
+
+    def _drop_own_states(self):
+        self.log_fgate: torch.Tensor | None = None
+        self.shift_keys: torch.Tensor | None = None
+        self.shift_values: torch.Tensor | None = None
+
+    def update_gate(self, log_fgate: torch.Tensor) -> torch.Tensor:
+        """Append the gates of new tokens, `(B, H, T)` fp32 nats, and return all of them, `(B, H, S)`."""
+        self.log_fgate = log_fgate if self.log_fgate is None else torch.cat([self.log_fgate, log_fgate], dim=-1)
+        return self.log_fgate
+
+    def update_shift(self, name: str, projection: torch.Tensor) -> torch.Tensor | None:
+        """Remember the newest projections and return the one before them.
+
+        Args:
+            name: `"keys"` or `"values"`.
+            projection: Keys or values of the new tokens before the shift, `(B, T, H_kv, D)`.
+
+        Returns:
+            That of the token before the first new one, `(B, 1, H_kv, D)`, or `None` at the start of a sequence.
+        """
+        past = getattr(self, f"shift_{name}")
+        if self.record_past:
+            kept = projection if past is None else torch.cat([past, projection], dim=1)
+        else:
+            # A copy: a slice would keep the projections of the whole prompt alive.
+            kept = projection[:, -1:].clone()
+        setattr(self, f"shift_{name}", kept)
+        return None if past is None else past[:, -1:]
+
+    def activate_past_recording(self):
+        """From now on keep what the shift needs to go back, until the next `crop`. Assisted decoding calls this."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, and the recording. 0 only trims the recording.
+
+        Raises:
+            RuntimeError: If the token that would become the last was not recorded. Cropping to nothing always works.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or negative; got {tokens_to_remove}. Pass -n to remove n tokens."
+            )
+        num_left = self.get_seq_length() + tokens_to_remove
+        if num_left <= 0:
+            self.reset()
+            return
+        # Both shifts are looked at before anything changes, so that an error leaves the cache as it was.
+        shifts = [self._cropped_shift(state, tokens_to_remove) for state in (self.shift_keys, self.shift_values)]
+        super().crop(tokens_to_remove)
+        self.log_fgate = self.log_fgate[..., :num_left]
+        self.shift_keys, self.shift_values = shifts
+
+    def _cropped_shift(self, state: torch.Tensor | None, tokens_to_remove: int) -> torch.Tensor | None:
+        if state is None:
+            return None
+        num_left = state.shape[1] + tokens_to_remove
+        if num_left < 1:
+            raise RuntimeError(
+                f"`tokens_to_remove` must reach back at most {state.shape[1] - 1} tokens; got {tokens_to_remove}. "
+                "Call `activate_past_recording()` on the cache before the tokens that may be removed: the token "
+                "shift cannot be undone without their projections."
+            )
+        return state[:, num_left - 1 : num_left].clone()
+
+    def reset(self) -> None:
+        """Drop every token."""
+        # Own code, as 5.17 zeroes what 5.23 drops, and `update` appends to zeroed keys.
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._drop_own_states()
+
+    def _map_own_states(self, change) -> None:
+        for name in ("log_fgate", "shift_keys", "shift_values"):
+            state = getattr(self, name)
+            if state is not None:
+                setattr(self, name, change(state))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace sequence b by sequence `beam_idx[b]`."""
+        super().reorder_cache(beam_idx)
+        self._map_own_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, copies side by side."""
+        super().batch_repeat_interleave(repeats)
+        self._map_own_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the sequences `indices`."""
+        super().batch_select_indices(indices)
+        self._map_own_states(lambda state: state[indices, ...])
+
+
+class FoxStaticLayer(StaticLayer):
+    """Cache of one layer in tensors of fixed shape and address, for `torch.compile`.
+
+    Attributes as in `FoxDynamicLayer`, with `S = max_cache_len` throughout: places not yet filled hold zeros and are
+    masked. A zero shift state is what the first token of a sequence sees, so none has to be told apart.
+    """
+
+    _layer_type = "forgetting_attention"
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len=max_cache_len)
+        self.log_fgate: torch.Tensor | None = None
+        self.shift_keys: torch.Tensor | None = None
+        self.shift_values: torch.Tensor | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate everything from the shapes and dtypes of the first keys and values, `(B, H_kv, T, D)`."""
+        super().lazy_initialization(key_states, value_states)
+        self.shift_keys = key_states.new_zeros((self.batch_size, 1, self.num_heads, self.k_head_dim))
+        self.shift_values = value_states.new_zeros((self.batch_size, 1, self.num_heads, self.v_head_dim))
+        self._allocate_gate(self.num_heads)
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(self.shift_keys)
+            torch._dynamo.mark_static_address(self.shift_values)
+
+    def _allocate_gate(self, num_heads: int) -> None:
+        self.log_fgate = torch.zeros(
+            (self.batch_size, num_heads, self.max_cache_len), dtype=torch.float32, device=self.device
+        )
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(self.log_fgate)
+
+    def update_gate(self, log_fgate: torch.Tensor) -> torch.Tensor:
+        """Write the gates of new tokens, `(B, H, T)` fp32 nats, and return the whole buffer `(B, H, max_cache_len)`.
+
+        Must follow the `update` with the same tokens, which allocates and moves the write position on.
+        """
+        if self.log_fgate.shape[1] != log_fgate.shape[1]:
+            # Keys and values do not tell how many query heads share them, so grouped queries are only seen here.
+            self._allocate_gate(log_fgate.shape[1])
+        num_new = log_fgate.shape[-1]
+        position = torch.arange(num_new, device=self.device) + (self.cumulative_length - num_new)
+        self.log_fgate.index_copy_(2, position, log_fgate)
+        return self.log_fgate
+
+    def update_shift(self, name: str, projection: torch.Tensor) -> torch.Tensor:
+        """As in `FoxDynamicLayer`; returns zeros at the start of a sequence."""
+        if not self.is_initialized:
+            heads_first = projection.transpose(1, 2)
+            self.lazy_initialization(heads_first, heads_first)
+        buffer = getattr(self, f"shift_{name}")
+        past = buffer.clone()
+        buffer.copy_(projection[:, -1:])
+        return past
+
+    def reset(self) -> None:
+        """Forget every token, keep the memory."""
+        super().reset()
+        if self.is_initialized:
+            for state in (self.log_fgate, self.shift_keys, self.shift_values):
+                state.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace sequence b by sequence `beam_idx[b]`, in place."""
+        if self.is_initialized:
+            for state in (self.keys, self.values, self.log_fgate, self.shift_keys, self.shift_values):
+                state.copy_(state.index_select(0, beam_idx.to(state.device)))
+
+
+def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
+    """Make sure that `cache` can hold the gates; an empty `DynamicCache()` built without a config is filled in place.
+
+    Raises:
+        ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them.
+    """
+    # Not by isinstance: code loaded from the Hub has a second set of classes with the same methods.
+    if cache.layers and all(hasattr(layer, "update_gate") for layer in cache.layers):
+        return
+    is_empty = all(type(layer) is DynamicLayer and layer.get_seq_length() == 0 for layer in cache.layers)
+    if type(cache) is DynamicCache and is_empty:
+        cache.layers = DynamicCache(config=config).layers
+        cache.layer_class_to_replicate = None
+        return
+    raise ValueError(
+        f"`past_key_values` must hold forget gates beside keys and values; got a {type(cache).__name__} without them. "
+        "Build it with `DynamicCache(config=model.config)` or `StaticCache(config=model.config, max_cache_len=...)`, "
+        "or pass None. Quantized caches and prefix tuning have no place for the gates."
+    )
+
+
+__all__ = ["FoxDynamicLayer", "FoxStaticLayer", "prepare_cache"]

@@ -1,0 +1,594 @@
+# Copyright 2026 The FoX project authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Forgetting Transformer (FoX, arXiv:2503.02130) for Transformers v5.
+
+Letters:  B batch, T new tokens, S cached and new tokens, H query heads, H_kv key heads, D head dim, E hidden size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_kernel_forward_from_hub
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_fox import (
+    check_attn_implementation,
+    default_attn_implementation,
+    eager_attention_forward,
+    flex_attention_forward,
+    make_masks,
+    sdpa_attention_forward,
+)
+from .cache_fox import prepare_cache
+from .configuration_fox import FoxConfig
+
+# An instance of its own, so that "sdpa" and "flex_attention" mean ours in this file and Transformers' elsewhere.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
+ALL_ATTENTION_FUNCTIONS["flex_attention"] = flex_attention_forward
+
+# Rounding of normalized queries and keys may lift their norm above what the norm weights say. Each element is rounded
+# at most four times a side (norm, weight, product, rotation), by half a unit in the last place: 2^-9, 2^-11, 2^-24.
+ROUNDING_MARGIN = {torch.bfloat16: 1 + 2**-5, torch.float16: 1 + 2**-7}
+ROUNDING_MARGIN_FP32 = 1 + 2**-14
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class FoxRMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class FoxHeadRMSNorm(nn.Module):
+    """RMSNorm over the channels of each head of `(B, T, heads, D)`, with a weight per head or one for all."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float, shared: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim) if shared else torch.ones(num_heads, head_dim))
+        self.variance_epsilon = eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        # In the dtype of the states: under autocast an fp32 weight would make queries and keys fp32, but not values.
+        normalized = F.rms_norm(states, states.shape[-1:], None, self.variance_epsilon).to(states.dtype)
+        return normalized * self.weight.to(states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class FoxRotaryEmbedding(nn.Module):
+    """Cosines and sines `(B, T, D)` of the rotary embedding, fp32."""
+
+    def __init__(self, config: FoxConfig):
+        super().__init__()
+        self.rope_theta = config.rope_theta
+        self.head_dim = config.head_dim
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Computed anew, not kept in a buffer: a buffer would follow the model to bf16, where positions beyond 256
+        # are no longer told apart.
+        exponent = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
+        angles = position_ids[..., None].float() * self.rope_theta**-exponent
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate channel i with channel i + D/2 of `(B, T, heads, D)`, in fp32; the norm of a head stays as it is."""
+    first, second = states.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (states * cos[:, :, None] + turned * sin[:, :, None]).to(states.dtype)
+
+
+def shift_tokens(
+    projection: torch.Tensor,
+    before: torch.Tensor | None,
+    logits: torch.Tensor,
+    document_starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """Mix each token's keys or values with those of the token before: `w * previous + (1 - w) * own`.
+
+    Args:
+        projection: `(B, T, H_kv, D)`.
+        before: Those of the token before the first one, `(B, 1, H_kv, D)`; `None` stands for zeros.
+        logits: `(B, T, H_kv)`; `w = sigmoid(logits)`, in fp32.
+        document_starts: `(B, T)` bool; these tokens have no token before them.
+    """
+    if before is None:
+        before = torch.zeros_like(projection[:, :1])
+    previous = torch.cat([before, projection[:, :-1]], dim=1)
+    if document_starts is not None:
+        previous = previous.masked_fill(document_starts[:, :, None, None], 0.0)
+    weight = logits.float().sigmoid().unsqueeze(-1)
+    return torch.lerp(projection.float(), previous.float(), weight).to(projection.dtype)
+
+
+class FoxMLP(nn.Module):
+    """SwiGLU: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: FoxConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class FoxAttention(nn.Module):
+    """Forgetting attention with the components that the config switches on.
+
+    Attributes:
+        gate_sink: Called with the log gates of each forward, `(B, H, T)` fp32; see `forget_gates`.
+        pruning_sink: Called with pruned fraction and lost mass bound, `(H,)` each; see `pruning_stats`.
+    """
+
+    def __init__(self, config: FoxConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.gate_sink: Callable | None = None
+        self.pruning_sink: Callable | None = None
+
+        hidden_size, num_heads = config.hidden_size, config.num_attention_heads
+        num_kv_heads = config.num_key_value_heads
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+
+        self.k_shift_proj = self.v_shift_proj = None
+        self.q_norm = self.k_norm = self.output_norm = self.ogate_proj = None
+        self.fgate_proj = self.fgate_bias = None
+        if config.use_k_shift:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
+            self.k_shift_proj = nn.Linear(hidden_size, num_kv_heads, bias=False)
+        if config.use_v_shift:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
+            self.v_shift_proj = nn.Linear(hidden_size, num_kv_heads, bias=False)
+        if config.use_qk_norm:  # CODEPATH: FoX (Pro), not FoX (LLaMA); the published Pro weights are shared by heads
+            self.q_norm = FoxHeadRMSNorm(num_heads, self.head_dim, config.qk_norm_eps, config.qk_norm_shared)
+            self.k_norm = FoxHeadRMSNorm(num_kv_heads, self.head_dim, config.qk_norm_eps, config.qk_norm_shared)
+        if config.use_output_norm:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
+            self.output_norm = FoxHeadRMSNorm(num_heads, self.head_dim, config.rms_norm_eps)
+        if config.use_output_gate:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
+            self.ogate_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+            self.ogate_act = ACT2FN[config.output_gate_act]
+        if config.fgate_type == "full":  # CODEPATH: every FoX; the other types are the paper's ablations
+            self.fgate_proj = nn.Linear(hidden_size, num_heads, bias=True)
+        elif config.fgate_type == "bias_only":  # CODEPATH: ablation
+            self.fgate_bias = nn.Parameter(torch.zeros(num_heads))
+        elif config.fgate_type == "fixed":  # CODEPATH: ablation
+            self.fgate_bias = nn.Buffer(torch.zeros(num_heads))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from T new tokens to all S.
+
+        Args:
+            hidden_states: `(B, T, E)`.
+            attention_mask: Whatever the mask function of the backend made.
+            padding_mask: `(B, T)`, 0 at padding among the new tokens; `None` if there is none.
+            document_starts: `(B, T)` bool, first tokens of packed documents; `None` if nothing is packed.
+            position_embeddings: Cosines and sines of the rotary embedding, or `None` without it.
+            past_key_values: Cache to read and extend.
+
+        Returns:
+            Output `(B, T, E)` and attention weights `(B, H, T, S)`, or `None` for every backend but `eager`.
+        """
+        input_shape = hidden_states.shape[:-1]
+        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        query = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        log_fgate = self.log_forget_gate(hidden_states, num_heads=query.shape[2])
+        if padding_mask is not None:
+            # Filled, not multiplied: what padding computes may be NaN. Nothing is forgotten over padding.
+            is_padding = padding_mask == 0
+            key = key.masked_fill(is_padding[:, :, None, None], 0.0)
+            value = value.masked_fill(is_padding[:, :, None, None], 0.0)
+            log_fgate = log_fgate.masked_fill(is_padding[:, None, :], 0.0)
+        if self.gate_sink is not None:
+            self.gate_sink(log_fgate.detach())
+
+        if self.k_shift_proj is not None:
+            before = None if cache_layer is None else cache_layer.update_shift("keys", key)
+            key = shift_tokens(key, before, self.k_shift_proj(hidden_states), document_starts)
+        if self.v_shift_proj is not None:
+            before = None if cache_layer is None else cache_layer.update_shift("values", value)
+            value = shift_tokens(value, before, self.v_shift_proj(hidden_states), document_starts)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache_layer is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+            log_fgate = cache_layer.update_gate(log_fgate)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            log_fgate=log_fgate,
+            document_starts=document_starts,
+            **kwargs,
+        )
+        if self.output_norm is not None:
+            output = self.output_norm(output)
+        output = output.reshape(*input_shape, -1)
+        if self.ogate_proj is not None:
+            output = output * self.ogate_act(self.ogate_proj(hidden_states))
+        return self.o_proj(output), weights
+
+    def log_forget_gate(self, hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """Natural log of the forget gates of `hidden_states`, `(B, H, T)` fp32 nats, at most 0.
+
+        The logits may be bf16, but not what follows: a score sums up to S of these.
+        """
+        batch, num_tokens = hidden_states.shape[:2]
+        if self.fgate_proj is not None:
+            # Its weight can be fp32 beside fp16 ones, see `_keep_in_fp32_modules`.
+            logits = self.fgate_proj(hidden_states.to(self.fgate_proj.weight.dtype))
+            return F.logsigmoid(logits.float()).transpose(1, 2)
+        if self.fgate_bias is not None:
+            return F.logsigmoid(self.fgate_bias.float())[None, :, None].expand(batch, -1, num_tokens)
+        return torch.zeros(batch, num_heads, num_tokens, device=hidden_states.device)
+
+    @torch.no_grad()
+    def logit_bound(self, num_heads: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Bound on `|scaling * q . k|` per query head, `(H,)` fp32; `None` without QK-norm.
+
+        A normalized head times its weight is at most `max|weight| * sqrt(D)` long, before and after rotation, so a
+        score is at most `max|w_q| * max|w_k| * sqrt(D)`, plus a margin for rounding to `dtype`, that of the queries.
+        """
+        if self.q_norm is None:
+            return None
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        # Tensor parallelism: the local part holds the heads of this rank.
+        weights = (w.to_local() if hasattr(w, "to_local") else w for w in weights)
+        largest_q, largest_k = (w.detach().float().abs().amax(dim=-1) for w in weights)
+        if largest_q.dim():
+            largest_k = largest_k.repeat_interleave(largest_q.shape[0] // largest_k.shape[0])
+        margin = ROUNDING_MARGIN.get(dtype, ROUNDING_MARGIN_FP32)
+        # A weight shared by the heads bounds all of them alike.
+        return (largest_q * largest_k * (self.head_dim**0.5 * margin)).expand(num_heads)
+
+
+class FoxDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: FoxConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = FoxAttention(config, layer_idx)
+        self.mlp = FoxMLP(config)
+        self.input_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+@auto_docstring
+class FoxPreTrainedModel(PreTrainedModel):
+    config: FoxConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FoxDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    # False: engines that bring their own attention function (vLLM, TGI) would drop the gates.
+    _supports_attention_backend = False
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules = ["fgate_proj"]
+    _can_record_outputs = {"hidden_states": FoxDecoderLayer, "attentions": FoxAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # Not by isinstance: its children are initialized before it, so this overwrites the zeros of a linear bias.
+        if hasattr(module, "log_forget_gate"):
+            bias = module.fgate_bias if module.fgate_proj is None else module.fgate_proj.bias
+            if bias is not None:
+                init.copy_(bias, forget_gate_bias(self.config).to(bias))
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention is None:
+            requested_attention = default_attn_implementation()
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+        # Before the parent, which would go and download a kernel whose name it does not know.
+        check_attn_implementation(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+
+def forget_gate_bias(config: FoxConfig) -> torch.Tensor:
+    """Initial forget-gate biases, `(H,)` fp32.
+
+    Zeros, or, given decay times, `b_h = -log(expm1(1 / T_h))`, at which `sigmoid(b_h) = exp(-1 / T_h)`.
+    """
+    if config.fgate_decay_time_min is None:  # CODEPATH: every published FoX
+        return torch.zeros(config.num_attention_heads)
+    shortest, longest = float(config.fgate_decay_time_min), float(config.fgate_decay_time_max)
+    fraction = torch.linspace(0, 1, config.num_attention_heads, dtype=torch.float64)
+    times = shortest * (longest / shortest) ** fraction
+    return -torch.log(torch.expm1(1.0 / times)).float()
+
+
+@auto_docstring
+class FoxModel(FoxPreTrainedModel):
+    def __init__(self, config: FoxConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [FoxDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = None
+        if config.use_rope:  # CODEPATH: no published FoX; Transformer (Pro), the paper's baseline
+            self.rotary_emb = FoxRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Only read for packed documents and with `use_rope`. Where they do not go on by one a document starts,
+            which sees nothing before it. Packing needs `use_cache=False`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("`input_ids` or `inputs_embeds` must be given; got neither or both. Pass exactly one.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if past_key_values is not None:
+            prepare_cache(past_key_values, self.config)
+        elif use_cache:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks, document_starts = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        num_tokens = inputs_embeds.shape[1]
+        # In a static cache this is a tensor that the layers below count up.
+        num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_keys = None
+        if past_key_values is not None and past_key_values.is_compileable and num_tokens > 1:
+            num_keys = 0 if is_torchdynamo_compiling() else int(num_seen) + num_tokens
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            if position_ids is None:
+                position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + num_seen)[None]
+            position_embeddings = self.rotary_emb(position_ids)
+
+        hidden_states = inputs_embeds
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=masks["full_attention"],
+                padding_mask=masks["linear_attention"],
+                document_starts=document_starts,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                num_keys=num_keys,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+@auto_docstring
+class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: FoxConfig):
+        super().__init__(config)
+        self.model = FoxModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            As in [`FoxModel`]: where they do not go on by one a packed document starts. Give such a token the label
+            -100, or the last token of each document is trained to predict the first of the next.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Targets, the same as `input_ids`: the model shifts them. -100 is ignored.
+
+        ```python
+        >>> from modeling_fox import FoxConfig, FoxForCausalLM
+
+        >>> model = FoxForCausalLM(FoxConfig(num_hidden_layers=2))
+        >>> loss = model(input_ids, labels=input_ids).loss
+        ```"""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(
+    custom_intro="FoX with a linear classifier on the last token of each sequence, the only one that sees all of it."
+)
+class FoxForSequenceClassification(FoxPreTrainedModel):
+    def __init__(self, config: FoxConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FoxModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Class of each sequence, or values for a regression (`config.problem_type`).
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = self._last_token(input_ids, hidden_states)
+        # Before the classifier: it is needed for one token of each sequence only.
+        logits = self.score(hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_token(self, input_ids: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | int:
+        """Index of the last token of each sequence that is not padding, `(B,)`; -1 if nothing tells padding apart."""
+        pad_token_id = self.config.pad_token_id
+        if pad_token_id is None and hidden_states.shape[0] != 1:
+            raise ValueError(
+                f"`pad_token_id` must be set to classify a batch of {hidden_states.shape[0]} sequences; got None. "
+                "Set `model.config.pad_token_id` to that of the tokenizer, or pass one sequence at a time."
+            )
+        if pad_token_id is None or input_ids is None:
+            return -1
+        position = torch.arange(input_ids.shape[1], device=hidden_states.device)
+        return (position * (input_ids != pad_token_id).to(position)).argmax(dim=-1)
+
+
+__all__ = ["FoxForCausalLM", "FoxForSequenceClassification", "FoxModel", "FoxPreTrainedModel"]
