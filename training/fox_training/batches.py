@@ -157,6 +157,8 @@ class _Packer:
         self.owner = owner
         self.epoch, self.blocks = state["epoch"], state["block"]
         self.tokens, self.starts = list(state["tokens"]), list(state["starts"])
+        # Before the state: `datasets` ignores a state of another epoch without a word.
+        owner.documents.set_epoch(self.epoch)
         if state["source"] is not None:
             owner.documents.load_state_dict(state["source"])
         self._source = iter(owner.documents)
@@ -186,15 +188,15 @@ class _Packer:
             text = next(self._source)["text"]
         except StopIteration:
             if not self._read_any:
-                raise RecipeError("data.streaming found no documents for this process. Use fewer processes.") from None
+                raise RecipeError("data.streaming found no text for this process. Use fewer processes.") from None
             self.epoch += 1
             self.owner.documents.set_epoch(self.epoch)
             self._source = iter(self.owner.documents)
             self._read_any = False
             return
-        self._read_any = True
         if not text:
             return
+        self._read_any = True
         self.starts.append(len(self.tokens))
         self.tokens.append(document_token_id(self.owner.tokenizer))
         self.tokens.extend(next(encode_documents(self.owner.tokenizer, [text])))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 import modeling_fox
 
@@ -108,7 +109,13 @@ def pruned_share(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> floa
 
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """`save_pretrained` of model and tokenizer into `folder`, which is replaced in one step."""
-    write_folder(folder, lambda work: save_tokenizer_and_model(model, tokenizer, work), manifest=False)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one bar for one shard says nothing and tears the bar of the training
+    try:
+        write_folder(folder, lambda work: save_tokenizer_and_model(model, tokenizer, work), manifest=False)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_lines(error: Exception) -> str:

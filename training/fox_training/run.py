@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from . import checkpoint as ckpt
+from . import provenance
 from .batches import PackedRows, Plan, StreamedRows, plan_batches
 from .data import TokenStream, build_tokenizer, cache_folder, load_documents, tokenise
 from .models import build_model, num_parameters
@@ -38,6 +39,7 @@ class Run:
     validation: TokenStream | None
     fingerprint: str
     autocast: bool
+    arguments: list[str]  # of the command line
     progress: Progress | None = None
     metrics: MetricsLog | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
@@ -127,7 +129,9 @@ def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
     return recipe.run.precision == "bf16"
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, out: Path) -> tuple[Run, PackedRows | StreamedRows]:
+def set_up(
+    recipe: Recipe, accelerator: Accelerator, out: Path, arguments: list[str]
+) -> tuple[Run, PackedRows | StreamedRows]:
     """Data, tokenizer, model and optimizers of a run, all as at step 0."""
     accelerator.print(summary(recipe))
     plan = plan_batches(recipe.data, accelerator.process_index, accelerator.num_processes)
@@ -153,14 +157,22 @@ def set_up(recipe: Recipe, accelerator: Accelerator, out: Path) -> tuple[Run, Pa
         validation=validation,
         fingerprint=description["fingerprint"],
         autocast=uses_bf16(recipe, accelerator.device),
+        arguments=arguments,
     )
     run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     # Each process its own random numbers from here on; the weights above are the same on all.
     torch.manual_seed(recipe.run.seed + 1 + plan.rank)
     if run.is_main:
         (out / "data.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        (out / "environment.json").write_text(json.dumps(environment(run), indent=1), encoding="utf-8")
     accelerator.print(describe_run(run, description))
     return run, rows
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Command, commit, hardware and versions of this run, for the model card."""
+    described = provenance.describe(provenance.command_line("fox_training.train", run.arguments))
+    return described | {"processes": run.plan.processes, "mixed_precision": "bf16" if run.autocast else "fp32"}
 
 
 def load_data(recipe: Recipe, plan: Plan):

@@ -26,6 +26,7 @@ import torch
 
 from . import checkpoint as ckpt
 from .batches import Batches, evaluation_batches
+from .card import write_card
 from .models import export_model, pruned_share, prunes
 from .optimizers import set_learning_rate
 from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict, save_recipe
@@ -44,14 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe")
     parser.add_argument("--allow-recipe-change", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
-    known, overrides = parser.parse_known_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    known, overrides = parser.parse_known_args(arguments)
     if known.help:
         print(help_text())
         return 0
     try:
         if known.recipe is None:
             raise RecipeError("--recipe FILE is missing. A first one to try: training/recipes/demo.yaml")
-        train(load_recipe(known.recipe, overrides), allow_recipe_change=known.allow_recipe_change)
+        recipe = load_recipe(known.recipe, overrides)
+        train(recipe, allow_recipe_change=known.allow_recipe_change, arguments=arguments)
     except UserError as error:
         if os.environ.get("FOX_TRACEBACK"):
             raise
@@ -69,12 +72,15 @@ def help_text() -> str:
     return f"{__doc__}\n{options}\n{describe_fields()}"
 
 
-def train(recipe: Recipe, *, allow_recipe_change: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, *, allow_recipe_change: bool = False, arguments: list[str] | tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Train from a recipe, or go on with a run that was interrupted.
 
     Args:
         recipe: See `recipe.Recipe`.
         allow_recipe_change: Resume although model, data or optimizer differ from the checkpoint's recipe.
+        arguments: Command line, for environment.json.
 
     Returns:
         The last evaluation, with `step`; just the step if nothing is held out.
@@ -85,7 +91,7 @@ def train(recipe: Recipe, *, allow_recipe_change: bool = False) -> dict[str, Any
     out = open_output(recipe)
     check_trackers(recipe.tracking)
     accelerator = start_accelerator(recipe)
-    run, rows = set_up(recipe, accelerator, out)
+    run, rows = set_up(recipe, accelerator, out, list(arguments))
     first, data_state = resume(run, allow_recipe_change)
     steps = recipe.schedule.steps
     if first >= steps and (out / "model" / "config.json").is_file():
@@ -419,6 +425,7 @@ def finish(run: Run) -> None:
             ckpt.verify_folder(best)
             ckpt.load_weights(run.model, best / "model.safetensors")
         export_model(run.model, run.tokenizer, run.out / "model")
+    write_card(run.out)
     which = f"step {run.best['step']}, the best" if run.recipe.checkpoint.export == "best" else "the last step"
     run.progress.say(f"saved {run.out / 'model'} ({which}) after {run.watch.seconds:.1f} s of training")
 
