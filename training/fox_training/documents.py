@@ -37,8 +37,9 @@ class Documents:
 
 def run_folder(model: str) -> Path | None:
     """The run folder OUT that a model lies in as OUT/model, or None."""
-    folder = Path(model)
-    return folder.resolve().parent if folder.is_dir() and (folder.resolve().parent / "recipe.yaml").is_file() else None
+    # As the user wrote it where possible: the path ends up in reports that are published.
+    folder = Path(model) if Path(model).name else Path(model).resolve()
+    return folder.parent if folder.is_dir() and (folder.parent / "recipe.yaml").is_file() else None
 
 
 def of_run(run: Path, split: str) -> Documents:

@@ -117,6 +117,7 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
     scores = scoring.score(model, token_ids, context=context, overlap=overlap, tokens_per_batch=args.tokens_per_batch)
     report = {
         "model": name,
+        "weights_sha256": provenance.weights_sha256(name),
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "attention": model.config._attn_implementation,
