@@ -1,7 +1,7 @@
 """Compile the kernels exactly as the Python code launches them, for GPUs that are not there.
 
-The launch functions run on CPU tensors with the kernel replaced by a recorder; signature, constants and options come from the
-recorded call, so what is compiled here is what a GPU would run.
+The launch functions run on CPU tensors with the kernel replaced by a recorder; signature, constants and options come
+from the recorded call, so what is compiled here is what a GPU would run.
 """
 
 import re
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 import triton
-from fox_kernels import triton_backward, triton_forward
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fox_kernels import triton_backward, triton_forward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,15 +45,18 @@ class Recorder:
         return launch
 
 
-def record_launches(head_dim, dtype, heads=4, kv_heads=2, queries=512, keys=1024):
-    """The three kernels with the arguments that `forward` and `backward` launch them with."""
+def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, keys=1024):
+    """The three kernels with the arguments that `forward` and `backward` launch them with on `target`."""
+    arch = TARGETS[target].arch if target.startswith("sm_") else 0
     names = {
         "forward": (triton_forward, "forgetting_attention_forward_kernel"),
         "backward_query": (triton_backward, "forgetting_attention_backward_query_kernel"),
         "backward_key": (triton_backward, "forgetting_attention_backward_key_kernel"),
     }
     recorders = {name: Recorder(getattr(module, kernel)) for name, (module, kernel) in names.items()}
+    architectures = triton_forward.architecture, triton_backward.architecture
     try:
+        triton_forward.architecture = triton_backward.architecture = lambda device: arch
         for name, (module, kernel) in names.items():
             setattr(module, kernel, recorders[name])
         q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
@@ -62,6 +66,7 @@ def record_launches(head_dim, dtype, heads=4, kv_heads=2, queries=512, keys=1024
         out, lse = triton_forward.forward(q, k, k, running, first, 1.0)
         triton_backward.backward(out, q, k, k, out, lse, running, first, 1.0)
     finally:
+        triton_forward.architecture, triton_backward.architecture = architectures
         for name, (module, kernel) in names.items():
             setattr(module, kernel, recorders[name].kernel)
     return recorders
@@ -103,7 +108,7 @@ def _loops(sass):
 
 
 def resources(compiled):
-    """Registers, bytes of stack, shared memory, and spills inside the loops that multiply matrices, of an NVIDIA kernel.
+    """Registers, bytes of stack, shared memory, and spills inside loops that multiply matrices, of an NVIDIA kernel.
 
     A spill outside of them is paid once per tile of the output; inside, once per tile of keys.
     """

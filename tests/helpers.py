@@ -6,9 +6,9 @@ import torch
 def assert_as_accurate_as_torch(got, torch_same_dtype, exact, *, factor=2.0, floor=1e-5, name="output"):
     """Fail if `got` is more than `factor` times further from `exact` than PyTorch is in the same dtype.
 
-    The bound comes from the inputs, not from a table: if PyTorch itself is off by 3e-3 in bfloat16 on this shape, the kernel
-    may be off by 6e-3, and on an easier shape it may not. `floor`, relative to the largest exact value, covers the case that
-    PyTorch happens to be exact.
+    The bound comes from the inputs, not from a table: if PyTorch itself is off by 3e-3 in bfloat16 on this shape, the
+    kernel may be off by 6e-3, and on an easier shape it may not. `floor`, relative to the largest exact value, covers
+    the case that PyTorch happens to be exact.
     """
     got, torch_same_dtype, exact = got.double(), torch_same_dtype.double(), exact.double()
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -20,8 +20,8 @@ def assert_as_accurate_as_torch(got, torch_same_dtype, exact, *, factor=2.0, flo
     if worst > allowed:
         index = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
         raise AssertionError(
-            f"{name}: max error {worst:.2e} > {allowed:.2e} allowed ({factor} x PyTorch's own error {own:.2e}), at {index}: "
-            f"got {float(got[index]):.6f}, exact {float(exact[index]):.6f}"
+            f"{name}: max error {worst:.2e} > {allowed:.2e} allowed ({factor} x PyTorch's own error {own:.2e}), "
+            f"at {index}: got {float(got[index]):.6f}, exact {float(exact[index]):.6f}"
         )
 
 
@@ -50,8 +50,9 @@ def output_and_gradients(function, inputs, grad_out, **options):
 
 def save_tiny_llama(folder, *, vocab_size=258, max_position_embeddings=64):
     """A random 2-layer Llama with the byte tokenizer, as `from_pretrained` loads it: a language model that is not ours."""
-    from fox_training.tokenizers import byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fox_training.tokenizers import byte_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not there, exactly as it is launched, and does not spill where it matters."""
+"""Every Triton kernel compiles for GPUs that are not there, exactly as it is launched, and spills in no loop."""
 
 import os
 
@@ -25,7 +25,7 @@ CASES += [("float32", dim, "sm_90") for dim in (64, 256)]
 def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
     from compile_ahead import compile_launch, record_launches, resources
 
-    used = resources(compile_launch(record_launches(dim, getattr(torch, dtype))[name], target))
+    used = resources(compile_launch(record_launches(dim, getattr(torch, dtype), target)[name], target))
     print(name, dtype, dim, target, used)
     assert used["shared_bytes"] <= SHARED_MEMORY[target]
     assert sum(used["spills_in_loops"]) == 0, used
@@ -35,4 +35,4 @@ def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
 def test_compiles_for_amd(name):
     from compile_ahead import compile_launch, record_launches
 
-    assert compile_launch(record_launches(64, torch.bfloat16)[name], "gfx942").asm["amdgcn"]
+    assert compile_launch(record_launches(64, torch.bfloat16, "gfx942")[name], "gfx942").asm["amdgcn"]

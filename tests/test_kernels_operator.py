@@ -1,9 +1,10 @@
-"""The public operator on CPU tensors: against the dense definition, PyTorch's own attention and hand-worked numbers."""
+"""The public operator on CPU tensors: against the dense definition, PyTorch's attention and hand-worked numbers."""
 
 import math
 
 import pytest
 import torch
+
 from fox_kernels import forgetting_attention, forgetting_attention_reference
 from helpers import assert_as_accurate_as_torch, attention_inputs, output_and_gradients
 
@@ -71,7 +72,9 @@ def test_a_closed_gate_starts_a_new_document(closed):
             forgetting_attention, [x[:, :, part].contiguous() for x in inputs], grad_out[:, :, part]
         )
         for name, x, y in zip(NAMES, whole, alone, strict=True):
-            torch.testing.assert_close(x[:, :, part], y, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                x[:, :, part], y, atol=2e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert (whole[4][:, :, 170] == 0).all()
 
 
@@ -93,7 +96,7 @@ def test_the_first_gate_has_no_gradient():
 
 
 def test_gates_stay_exact_far_from_the_start():
-    """At lam = -7e4 a float32 running sum is off by 8e-3 nats; the output must not depend on how far the tokens are."""
+    """At lam = -7e4 a float32 running sum is off by 8e-3 nats; the output must not depend on the distance."""
     q, k, v, log_fgate = attention_inputs(batch=1, heads=1, queries=64, keys=64)
     far = 100_000
     stretch = torch.full((1, 1, far), -0.7)
@@ -150,7 +153,10 @@ def test_compiles_into_one_graph(tolerance):
     ("change", "message"),
     [
         (dict(q=torch.zeros(2, 4, 32)), "q must have 4 dimensions"),
-        (dict(q=torch.zeros(2, 4, 9, 8, dtype=torch.int64)), "q must be float32, float16 or bfloat16; got torch.int64"),
+        (
+            dict(q=torch.zeros(2, 4, 9, 8, dtype=torch.int64)),
+            "q must be float32, float16 or bfloat16; got torch.int64",
+        ),
         (dict(k=torch.zeros(2, 4, 9, 8, dtype=torch.float16)), "k must have the dtype of q"),
         (dict(k=torch.zeros(2, 3, 9, 8)), r"k must be \(2, H_kv, S, 8\) with H_kv dividing 4; got \(2, 3, 9, 8\)"),
         (dict(v=torch.zeros(2, 4, 9, 16)), "v must have the shape of k"),
@@ -158,7 +164,10 @@ def test_compiles_into_one_graph(tolerance):
         (dict(log_fgate=torch.zeros(2, 1, 9)), r"log_fgate must be \(2, 4, 9\), one gate per query head"),
         (dict(log_fgate=torch.zeros(2, 4, 9, dtype=torch.float16)), "log_fgate must be float32, got torch.float16"),
         (dict(key_start=torch.zeros(3, dtype=torch.int64)), r"key_start must be \(2,\) int32 or int64"),
-        (dict(log_pruning_tolerance=0.5), "log_pruning_tolerance is the log of a probability and must be negative; got 0.5"),
+        (
+            dict(log_pruning_tolerance=0.5),
+            "log_pruning_tolerance is the log of a probability and must be negative; got 0.5",
+        ),
         (dict(log_pruning_tolerance=math.nan), "must be negative; got nan"),
         (dict(pruning_rule="greedy"), "pruning_rule must be one of"),
         (dict(logit_bound=-1.0), "logit_bound must be at least 0"),

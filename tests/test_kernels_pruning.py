@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fox_kernels import blockwise, forgetting_attention, forgetting_attention_reference
 from fox_kernels.gates import (
     PRUNING_BLOCK_S,
@@ -140,7 +141,9 @@ def test_pruning_skips_the_work_on_a_cpu(monkeypatch):
     counted = []
     original = blockwise._scores
     monkeypatch.setattr(
-        blockwise, "_scores", lambda q, k, block, scale: counted.append(q[..., 0].numel() * k.shape[1]) or original(q, k, block, scale)
+        blockwise,
+        "_scores",
+        lambda q, k, block, scale: counted.append(q[..., 0].numel() * k.shape[1]) or original(q, k, block, scale),
     )
     q, k, v, log_fgate = attention_inputs(batch=1, heads=2, queries=1024, dim=16, gate_logits=(0.0, 0.0))
     forgetting_attention(q, k, v, log_fgate)
@@ -178,15 +181,15 @@ def test_stats_count_the_visible_pairs_and_bound_the_loss():
 def test_a_given_bound_prunes_like_the_same_bound_measured():
     q, k, v, log_fgate = attention_inputs(queries=400, heads=4, kv_heads=2, dim=16, gate_logits=(-1.0, 2.0))
     bound = measured_logit_bound(q, k, 0.25, None)
-    torch.testing.assert_close(
-        bound, 0.25 * q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1).repeat_interleave(2, 1)
-    )
+    torch.testing.assert_close(bound, 0.25 * q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1).repeat_interleave(2, 1))
     assert ((q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().amax((-1, -2)) * 0.25 <= bound).all()
     expected = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0)
     given = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0, logit_bound=bound)
     assert torch.equal(given, expected)
     _, tight = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0, return_stats=True)
-    _, loose = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0, logit_bound=40.0, return_stats=True)
+    _, loose = forgetting_attention(
+        q, k, v, log_fgate, log_pruning_tolerance=-10.0, logit_bound=40.0, return_stats=True
+    )
     assert (loose.pruned_fraction < tight.pruned_fraction).all()
 
 

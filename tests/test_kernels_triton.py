@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+
 from fox_kernels import forgetting_attention, forgetting_attention_reference
 from fox_kernels.gates import (
     first_kept_key,
@@ -57,7 +58,9 @@ INTERPRETER_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [pytest.param(*p.values, id=p.id, marks=interpret) for p in INTERPRETER_CASES])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [pytest.param(*p.values, id=p.id, marks=interpret) for p in INTERPRETER_CASES]
+)
 def test_interpreted_kernels_match_the_definition(shape, dtype, poisoned_memory):
     inputs = attention_inputs(**shape, dtype=dtype)
     key_start = torch.tensor([0, 7])
@@ -78,8 +81,8 @@ def test_interpreted_kernels_prune_the_pairs_that_the_cpu_path_prunes(_, poisone
     grad_out = torch.randn(inputs[0].shape)
     got = triton_attention(inputs, grad_out, log_tolerance=-4.0)
     expected = output_and_gradients(forgetting_attention, inputs, grad_out, log_pruning_tolerance=-4.0)
-    unpruned = forgetting_attention(*inputs)
-    assert float((expected[0] - unpruned).abs().max()) > 0
+    stats = forgetting_attention(*inputs, log_pruning_tolerance=-4.0, return_stats=True)[1]
+    assert float(stats.pruned_fraction.min()) > 0.1
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.float(), y, atol=5e-5, rtol=0)
 
@@ -102,7 +105,15 @@ GPU_LENGTHS = [(1, 1), (1, 1000), (63, 63), (64, 64), (65, 200), (1000, 1000), (
 @pytest.mark.parametrize(("queries", "keys"), GPU_LENGTHS)
 def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_memory):
     inputs = attention_inputs(
-        batch=2, heads=2, kv_heads=1, queries=queries, keys=keys, dim=dim, gate_logits=(-20.0, 20.0), dtype=dtype, device="cuda"
+        batch=2,
+        heads=2,
+        kv_heads=1,
+        queries=queries,
+        keys=keys,
+        dim=dim,
+        gate_logits=(-20.0, 20.0),
+        dtype=dtype,
+        device="cuda",
     )
     key_start = torch.tensor([0, keys // 3], device="cuda")
     grad_out = torch.randn(inputs[0].shape, device="cuda")
@@ -118,14 +129,18 @@ def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_me
 @pytest.mark.parametrize("gate_logits", [(2.0, 6.0), (-20.0, -20.0), (20.0, 20.0)], ids=["usual", "closed", "open"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
 def test_gpu_and_cpu_prune_alike(gate_logits, dtype, poisoned_memory):
-    inputs = attention_inputs(queries=1500, keys=2048, heads=4, kv_heads=2, dim=64, gate_logits=gate_logits, dtype=dtype)
+    inputs = attention_inputs(
+        queries=1500, keys=2048, heads=4, kv_heads=2, dim=64, gate_logits=gate_logits, dtype=dtype
+    )
     grad_out = torch.randn(inputs[0].shape)
     options = dict(log_pruning_tolerance=-10.0, key_start=torch.tensor([0, 700]))
     expected = output_and_gradients(forgetting_attention, [x.float() for x in inputs], grad_out, **options)
     options["key_start"] = options["key_start"].cuda()
     on_gpu = [x.cuda() for x in inputs]
     got = output_and_gradients(forgetting_attention, on_gpu, grad_out.cuda(), **options)
-    same = output_and_gradients(forgetting_attention_reference, on_gpu, grad_out.cuda(), key_start=options["key_start"])
+    same = output_and_gradients(
+        forgetting_attention_reference, on_gpu, grad_out.cuda(), key_start=options["key_start"]
+    )
     for name, x, y, z in zip(NAMES, got, same, expected, strict=True):
         assert_as_accurate_as_torch(x.cpu(), y.cpu(), z, floor=2e-4, name=name)
     stats = forgetting_attention(*on_gpu, **options, return_stats=True)[1]

@@ -2,14 +2,14 @@
 
     o_i = sum_j p_ij v_j,   p_i = softmax_j(scale * q_i . k_j + lam_i - lam_j) over first_key_i <= j <= i
 
-A block of queries attends to one contiguous range of keys in three matrix products. Heads whose range starts at about the
-same key share them; keys between the common start and a head's own are masked, so the set of pairs is exactly the one that
-`gates.py` chose. The backward pass recomputes p from the saved log-sum-exp.
+A block of queries attends to one contiguous range of keys in three matrix products. Heads whose range starts at about
+the same key share them; keys between the common start and a head's own are masked, so the set of pairs is exactly the
+one that `gates.py` chose. The backward pass recomputes p from the saved log-sum-exp.
 
-Letters:  B batch, H query heads, K key heads, G query heads per key head, T queries, S keys, D head dim; N heads in a group
-          of equal range, R queries in a block, W keys in its range.
-Decay:    lam_i - lam_j is taken in full on the diagonal; left of it it is split at the block's first query into one number per
-          row and one per key, both <= 0, so that nothing large cancels.
+Letters:  B batch, H query heads, K key heads, G query heads per key head, T queries, S keys, D head dim; N heads in a
+          group of equal range, R queries in a block, W keys in its range.
+Decay:    lam_i - lam_j is taken in full on the diagonal; left of it it is split at the block's first query into one
+          number per row and one per key, both <= 0, so that nothing large cancels.
 """
 
 import math
@@ -35,9 +35,10 @@ class _Block:
 
 
 def _decay(running: torch.Tensor, rows: int, left: int, dtype: torch.dtype) -> torch.Tensor:
-    """lam_i - lam_j of the last `rows` positions against all W, `(N, G, rows, W)`; the first `left` keys come before them all.
+    """lam_i - lam_j of the last `rows` positions against all W, `(N, G, rows, W)`; `left` keys come before them all.
 
-    `running` is `(N, G, W)` float64. Float32 differences of a high and a low part are four times faster than float64 ones.
+    `running` is `(N, G, W)` float64. Float32 differences of a high and a low part are four times faster than float64
+    ones.
     """
     high = running.to(dtype)
     low = (running - high).to(dtype)
@@ -52,7 +53,9 @@ def _decay(running: torch.Tensor, rows: int, left: int, dtype: torch.dtype) -> t
     return decay
 
 
-def _blocks(running_bits: torch.Tensor, first_key: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> Iterator[_Block]:
+def _blocks(
+    running_bits: torch.Tensor, first_key: torch.Tensor, num_kv_heads: int, dtype: torch.dtype
+) -> Iterator[_Block]:
     batch, num_heads, num_queries = first_key.shape
     num_keys = running_bits.shape[-1]
     offset = num_keys - num_queries
@@ -64,7 +67,8 @@ def _blocks(running_bits: torch.Tensor, first_key: torch.Tensor, num_kv_heads: i
     for start in range(0, num_queries, size):
         stop = min(start + size, num_queries)
         end = stop + offset
-        # first_key never decreases: the first row of the block has the smallest. Padding can put it past the row itself.
+        # first_key never decreases: the first row of the block has the smallest. Padding can put it past the row
+        # itself.
         lowest = first[:, :, start].amin(dim=1).clamp_(max=start + offset)  # (B * K,)
         step = max(64, -(-end // (64 * _MAX_GROUPS)) * 64)
         bucket = lowest.div(step, rounding_mode="floor")
@@ -97,7 +101,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, block: _Block, scale: float) -> to
     """(N, G, R, W) scores of a block, in place of its bias; `q` is (N, G, R, D), `k` (N, W, D)."""
     heads, groups, rows, dim = q.shape
     scores = block.bias
-    scores.view(heads, groups * rows, -1).baddbmm_(q.reshape(heads, groups * rows, dim), k.transpose(1, 2), alpha=scale)
+    scores.view(heads, groups * rows, -1).baddbmm_(
+        q.reshape(heads, groups * rows, dim), k.transpose(1, 2), alpha=scale
+    )
     scores[..., block.diagonal].masked_fill_(block.hidden, float("-inf"))
     return scores
 
@@ -108,7 +114,12 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, running_bits: torch.Tensor, first_key: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    running_bits: torch.Tensor,
+    first_key: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `o (B, H, T, D)` as `q`, and the log-sum-exp of each row, `(B, H, T)` float32, nats."""
     batch, num_heads, num_queries, dim = q.shape

@@ -1,6 +1,7 @@
 """The public operator: argument checks, pruning threshold, and the custom ops that autograd and torch.compile see.
 
-Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim; the queries are the last T of the S positions.
+Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim; the queries are the last T of the S
+    positions.
 """
 
 import torch
@@ -44,34 +45,37 @@ def forgetting_attention(
     """Causal softmax attention whose scores decay by a learned forget gate, optionally pruned with a proof.
 
     `o_i = sum_j softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l) v_j` for `j <= i`: with every gate open
-    (`log_fgate == 0`) this is ordinary causal attention. Differentiable in `q`, `k`, `v` and `log_fgate`; the T x S matrix is
-    never stored. CUDA tensors run Triton kernels, CPU tensors blockwise PyTorch. Under autocast `q`, `k`, `v` take its
-    dtype, the gates stay float32. Sources: "Forgetting Transformer", arXiv:2503.02130; pruning: arXiv:2504.06949.
+    (`log_fgate == 0`) this is ordinary causal attention. Differentiable in `q`, `k`, `v` and `log_fgate`; the T x S
+    matrix is never stored. CUDA tensors run Triton kernels, CPU tensors blockwise PyTorch. Under autocast `q`, `k`,
+    `v` take its dtype, the gates stay float32. Sources: "Forgetting Transformer", arXiv:2503.02130; pruning:
+    arXiv:2504.06949.
 
     Args:
-        q: Queries, `(B, H, T, D)`, float32, float16 or bfloat16, `D <= 256`. They are the last `T` of the `S` positions. Any
-            strides; only a last dimension that is not contiguous is copied.
+        q: Queries, `(B, H, T, D)`, float32, float16 or bfloat16, `D <= 256`. They are the last `T` of the `S`
+            positions. Any strides; only a last dimension that is not contiguous is copied.
         k: Keys, `(B, H_kv, S, D)`, dtype of `q`. `H_kv` must divide `H` (grouped-query attention).
         v: Values, shape and dtype of `k`.
-        log_fgate: Natural log of each position's gate, `(B, H, S)`, float32, `<= 0`. Use `logsigmoid(x.float())`: in bfloat16
-            each term is up to 0.2 % off, and a score sums up to `S` of them. A closed gate, `-inf` (anything up to -1e4),
-            hides all before its position from it and from everything after it, exactly: a document boundary.
+        log_fgate: Natural log of each position's gate, `(B, H, S)`, float32, `<= 0`. Use `logsigmoid(x.float())`: in
+            bfloat16 each term is up to 0.2 % off, and a score sums up to `S` of them. A closed gate, `-inf` (anything
+            up to -1e4), hides all before its position from it and from everything after it, exactly: a document
+            boundary.
         scale: Factor on `q . k`. Default: `D ** -0.5`.
-        log_pruning_tolerance: Adaptive computation pruning: natural log of the attention mass that a row may lose to skipped
-            blocks, e.g. -10.0 for 4.5e-5. Default: None, nothing is skipped.
+        log_pruning_tolerance: Adaptive computation pruning: natural log of the attention mass that a row may lose to
+            skipped blocks, e.g. -10.0 for 4.5e-5. Default: None, nothing is skipped.
         pruning_rule: `"paper"`: a block is skipped when its largest decay is below `-2U - log S + log eps`.
-        logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Default: None,
-            measured as `|scale| * max ||q|| * max ||k||` per head in float32.
+        logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Default:
+            None, measured as `|scale| * max ||q|| * max ||k||` per head in float32.
         key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding.
-        return_stats: Also return `PruningStats`: per head the share of visible pairs skipped and the bound on the lost mass.
+        return_stats: Also return `PruningStats`: per head the share of visible pairs skipped and the bound on the
+            lost mass.
 
     Returns:
-        `(B, H, T, D)`, dtype and stride order of `q`; rows without a visible key are 0. With `return_stats` a pair of that
-        and `PruningStats`.
+        `(B, H, T, D)`, dtype and stride order of `q`; rows without a visible key are 0. With `return_stats` a pair of
+        that and `PruningStats`.
 
     Raises:
-        ValueError: If a shape, dtype, device or option is not one of the above. Values (`log_fgate <= 0`, a `logit_bound` that
-            holds) are not checked: that would synchronise the device.
+        ValueError: If a shape, dtype, device or option is not one of the above. Values (`log_fgate <= 0`, a
+            `logit_bound` that holds) are not checked: that would synchronise the device.
         ImportError: For CUDA tensors without Triton.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -99,21 +103,25 @@ def forgetting_attention(
 def _check_tensors(q, k, v, log_fgate, key_start):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(x.shape)}.")
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(x.shape)}."
+            )
         if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float32, float16 or bfloat16; got {x.dtype}. Cast it first.")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}; got {x.dtype}. Cast one of them.")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}; got {x.device}. Move one of them.")
+    _check_shapes(q, k, v, log_fgate, key_start)
+
+
+def _check_shapes(q, k, v, log_fgate, key_start):
     batch, num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
     if min(q.shape) == 0 or min(k.shape) == 0:
         raise ValueError(f"q and k must not be empty; got shapes {tuple(q.shape)} and {tuple(k.shape)}.")
     if head_dim > MAX_HEAD_DIM:
-        raise ValueError(
-            f"head_dim must be at most {MAX_HEAD_DIM}; got {head_dim}. Use more heads, or forgetting_attention_reference."
-        )
+        raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}; got {head_dim}. Use more heads, or the reference.")
     if k.shape[0] != batch or k.shape[3] != head_dim or num_heads % k.shape[1]:
         raise ValueError(
             f"k must be ({batch}, H_kv, S, {head_dim}) with H_kv dividing {num_heads}; got {tuple(k.shape)}. "
@@ -127,15 +135,19 @@ def _check_tensors(q, k, v, log_fgate, key_start):
         )
     if log_fgate.shape != (batch, num_heads, num_keys):
         raise ValueError(
-            f"log_fgate must be {(batch, num_heads, num_keys)}, one gate per query head and key; got {tuple(log_fgate.shape)}."
+            f"log_fgate must be {(batch, num_heads, num_keys)}, one gate per query head and key; "
+            f"got {tuple(log_fgate.shape)}."
         )
     if log_fgate.dtype != torch.float32:
         raise ValueError(f"log_fgate must be float32, got {log_fgate.dtype}: take logsigmoid(logits.float()).")
     if log_fgate.device != q.device:
-        raise ValueError(f"log_fgate must be on the device of q, {q.device}; got {log_fgate.device}. Move one of them.")
+        raise ValueError(
+            f"log_fgate must be on the device of q, {q.device}; got {log_fgate.device}. Move one of them."
+        )
     if key_start is not None and (key_start.shape != (batch,) or key_start.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
-            f"key_start must be ({batch},) int32 or int64, one per sequence; got {tuple(key_start.shape)} {key_start.dtype}. "
+            f"key_start must be ({batch},) int32 or int64, one per sequence; got {tuple(key_start.shape)} "
+            f"{key_start.dtype}. "
             "From a left-padded attention mask take (mask == 0).sum(-1)."
         )
 
@@ -146,21 +158,23 @@ def _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound):
         raise ValueError(f"pruning_rule must be one of {PRUNING_RULES}; got {pruning_rule!r}.")
     if log_pruning_tolerance is not None and not log_pruning_tolerance < 0:
         raise ValueError(
-            f"log_pruning_tolerance is the log of a probability and must be negative; got {log_pruning_tolerance}. For a "
-            "tolerance of 4.5e-5 pass -10.0; to switch pruning off pass None."
+            f"log_pruning_tolerance is the log of a probability and must be negative; got {log_pruning_tolerance}. "
+            "For a tolerance of 4.5e-5 pass -10.0; to switch pruning off pass None."
         )
     if logit_bound is None:
         return None
     if not isinstance(logit_bound, torch.Tensor):
         if not logit_bound >= 0:
             raise ValueError(
-                f"logit_bound must be at least 0, a bound on |scale * q . k|; got {logit_bound}. Pass None to measure it."
+                f"logit_bound must be at least 0, a bound on |scale * q . k|; got {logit_bound}. "
+                "Pass None to measure it."
             )
         return torch.full((1, 1), float(logit_bound), device=q.device)
     batch, num_heads = q.shape[:2]
     if logit_bound.shape not in ((num_heads,), (batch, num_heads)):
         raise ValueError(
-            f"logit_bound must be a float, ({num_heads},) or ({batch}, {num_heads}); got shape {tuple(logit_bound.shape)}."
+            f"logit_bound must be a float, ({num_heads},) or ({batch}, {num_heads}); "
+            f"got shape {tuple(logit_bound.shape)}."
         )
     return logit_bound.detach()
 
@@ -168,8 +182,8 @@ def _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound):
 def _require_triton():
     if triton_forward is None:
         raise ImportError(
-            "forgetting_attention needs Triton for CUDA tensors: pip install 'fox-transformers[kernels]', or move the tensors "
-            "to the CPU."
+            "forgetting_attention needs Triton for CUDA tensors: pip install 'fox-transformers[kernels]', "
+            "or move the tensors to the CPU."
         ) from _TRITON_ERROR
 
 
@@ -183,7 +197,7 @@ def _forgetting_attention(
     threshold: torch.Tensor | None,
     key_start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return o, and for the backward pass lse (B, H, T) in the backend's frame, running_bits, first_key: see gates.py."""
+    """Return o, then for the backward pass lse (B, H, T) (GPU: bits, CPU: nats), running_bits and first_key."""
     running_bits = running_sum_bits(log_fgate)
     first_key = first_visible_key(log_fgate, key_start, q.shape[2])
     if threshold is not None:
@@ -226,7 +240,8 @@ def _forgetting_attention_backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     dq, dk, dv, dlam = backend.backward(grad_out, q, k, v, out, lse, running_bits, first_key, scale)
-    # A gate at t is part of the running sum from t on. Summed in float64: total minus prefix would cancel at great length.
+    # A gate at t is part of the running sum from t on. Summed in float64: total minus prefix would cancel at great
+    # length.
     dgate = dlam.double().flip(-1).cumsum(-1).flip(-1).float()
     _, closed = split_resets(log_fgate)
     return dq, dk, dv, dgate.masked_fill_(closed, 0.0)
@@ -234,8 +249,11 @@ def _forgetting_attention_backward(
 
 @_forgetting_attention_backward.register_fake
 def _(grad_out, q, k, v, log_fgate, out, lse, running_bits, first_key, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty(
-        log_fgate.shape, dtype=torch.float32, device=q.device
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty(log_fgate.shape, dtype=torch.float32, device=q.device),
     )
 
 

@@ -3,9 +3,9 @@
 Letters:  B batch, H query heads, T queries, S keys; the queries are the last T of the S positions.
 Units:    nats, unless a name ends in `_bits`.
 
-One integer per query, `first_key (B, H, T)`, carries everything that hides a prefix of the keys: padding, closed gates and
-pruning. It never decreases along T, so every kernel loops over `[first_key, query]` and forward and backward use the same
-set of pairs whatever their tile sizes are.
+One integer per query, `first_key (B, H, T)`, carries everything that hides a prefix of the keys: padding, closed
+gates and pruning. It never decreases along T, so every kernel loops over `[first_key, query]` and forward and
+backward use the same set of pairs whatever their tile sizes are.
 """
 
 import math
@@ -45,8 +45,8 @@ def split_resets(log_fgate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def running_sum_bits(log_fgate: torch.Tensor) -> torch.Tensor:
     """Running sum of the gates in bits as a pair of floats, `(2, B, H, S)` float32: high part, low part.
 
-    One float32 cannot hold it: after 131072 tokens at 0.7 nats each the sum is 9e4 and its last bit 8e-3, an error that
-    every query sharing the key sees alike. The difference of two pairs is right to about 1e-7 of itself.
+    One float32 cannot hold it: after 131072 tokens at 0.7 nats each the sum is 9e4 and its last bit 8e-3, an error
+    that every query sharing the key sees alike. The difference of two pairs is right to about 1e-7 of itself.
     """
     gates, _ = split_resets(log_fgate)
     total = gates.double().cumsum(dim=-1).mul_(1.0 / math.log(2.0))
@@ -58,13 +58,17 @@ def first_visible_key(log_fgate: torch.Tensor, key_start: torch.Tensor | None, n
     """First key that each query may see: after padding, and not before the last closed gate. `(B, H, T)` int32."""
     num_keys = log_fgate.shape[-1]
     position = torch.arange(num_keys, device=log_fgate.device, dtype=torch.int32)
-    last_reset = torch.where(log_fgate <= CLOSED_GATE, position, 0).cummax(dim=-1).values[..., num_keys - num_queries :]
+    last_reset = (
+        torch.where(log_fgate <= CLOSED_GATE, position, 0).cummax(dim=-1).values[..., num_keys - num_queries :]
+    )
     if key_start is not None:
         last_reset = torch.maximum(last_reset, key_start.to(torch.int32)[:, None, None])
     return last_reset.to(torch.int32).contiguous()
 
 
-def measured_logit_bound(q: torch.Tensor, k: torch.Tensor, scale: float, key_start: torch.Tensor | None) -> torch.Tensor:
+def measured_logit_bound(
+    q: torch.Tensor, k: torch.Tensor, scale: float, key_start: torch.Tensor | None
+) -> torch.Tensor:
     """`|scale| * max ||q|| * max ||k||` of each head, at least every `|logit|` (Cauchy-Schwarz). `(B, H)` float32.
 
     Measured in float32: in bfloat16 the bound itself is off by up to 2.6 nats and the guarantee is gone.
@@ -82,8 +86,8 @@ def pruning_threshold(logit_bound: torch.Tensor, num_keys: int, log_pruning_tole
     """A pair may be dropped when its decay is below `-2U - log S + log eps` nats. `(B, H)` float32, as `logit_bound`.
 
     A pair below it weighs less than `exp(U) * exp(-2U) * eps / S` before normalisation, and the row's own key at least
-    `exp(-U)`: the at most S dropped pairs of a row hold less than eps of its mass. Source: "Adaptive Computation Pruning for
-    the Forgetting Transformer", arXiv:2504.06949.
+    `exp(-U)`: the at most S dropped pairs of a row hold less than eps of its mass. Source: "Adaptive Computation
+    Pruning for the Forgetting Transformer", arXiv:2504.06949.
     """
     threshold = -2.0 * logit_bound.float() - math.log(num_keys) + log_pruning_tolerance
     # A bound that is not a number (padding can hold anything) must never prune.
@@ -93,8 +97,9 @@ def pruning_threshold(logit_bound: torch.Tensor, num_keys: int, log_pruning_tole
 def first_kept_key(running_bits: torch.Tensor, first_visible: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """First key that each query attends to after pruning, `(B, H, T)` int32, `>= first_visible`.
 
-    A block is dropped when its largest decay, from its last key to its first query, is below the threshold. The running sum
-    never increases, so the dropped blocks of a row of blocks are a prefix and one sorted search finds its end.
+    A block is dropped when its largest decay, from its last key to its first query, is below the threshold. The
+    running sum never increases, so the dropped blocks of a row of blocks are a prefix and one sorted search finds its
+    end.
 
     Args:
         running_bits: `(2, B, H, S)`, from `running_sum_bits`.

@@ -1,4 +1,4 @@
-"""Forgetting attention in plain PyTorch: dense, O(T * S) memory. The definition that every other implementation answers to."""
+"""Forgetting attention in plain PyTorch: dense, O(T * S) memory. The definition all else answers to."""
 
 import torch
 
@@ -16,10 +16,10 @@ def forgetting_attention_reference(
 ) -> torch.Tensor:
     """Causal softmax attention whose scores decay by a forget gate, written out as a dense matrix.
 
-    `o_i = sum_j softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l) v_j` over the visible keys `j <= i`. Products are
-    taken in the dtype of `q` and the softmax in float32 (float64 for float64 inputs), as PyTorch's own attention does, so
-    the same function gives the truth (pass float64) and PyTorch's error in a low precision (pass bfloat16). Source:
-    "Forgetting Transformer", arXiv:2503.02130, section 3.
+    `o_i = sum_j softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l) v_j` over the visible keys `j <= i`. Products
+    are taken in the dtype of `q` and the softmax in float32 (float64 for float64 inputs), as PyTorch's own attention
+    does, so the same function gives the truth (pass float64) and PyTorch's error in a low precision (pass bfloat16).
+    Source: "Forgetting Transformer", arXiv:2503.02130, section 3.
 
     Args:
         q: Queries, `(B, H, T, D)`, any floating dtype. They are the last `T` of the `S` positions.

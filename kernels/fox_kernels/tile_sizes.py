@@ -1,14 +1,16 @@
-"""Tile sizes of the Triton kernels, by head dimension and element size.
+"""Tile sizes of the Triton kernels, by head dimension, element size and architecture.
 
-Chosen so that every kernel compiles without spills for sm_80, sm_90 and sm_100 (tests/test_kernels_compile.py holds that) and
-fits the 99 KiB of shared memory that the smallest of today's GPUs gives a block where the head dimension allows it.
+Chosen so that no kernel spills registers inside a loop on sm_80, sm_90 and sm_100; tests/test_kernels_compile.py
+holds that. Any other GPU takes the sizes of sm_80, the smallest shared memory and register pressure of the three.
 """
 
 from typing import NamedTuple
 
+import torch
+
 
 class TileSizes(NamedTuple):
-    """`block_t` queries by `block_s` keys, `num_warps` warps of 32 threads, `num_stages` loads in flight."""
+    """`block_t` queries by `block_s` keys, `num_warps` warps, `num_stages` tiles of keys (or queries) in flight."""
 
     block_t: int
     block_s: int
@@ -16,42 +18,55 @@ class TileSizes(NamedTuple):
     num_stages: int
 
 
+def architecture(device: torch.device) -> int:
+    """80 for Ampere, 90 for Hopper, 100 for Blackwell, ...; 0 for AMD and for the interpreter."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, that the tensor cores work on."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def forward_tiles(head_dim: int, element_size: int) -> TileSizes:
+def forward_tiles(head_dim: int, element_size: int, arch: int, num_queries: int) -> TileSizes:
     """Tiles of the forward kernel; `element_size` in bytes."""
     dim = padded_head_dim(head_dim)
     if element_size >= 4:
-        return TileSizes(32, 32, 4, 1) if dim > 128 else TileSizes(64, 32, 4, 1)
-    if dim <= 64:
-        return TileSizes(128, 64, 4, 3)
-    if dim <= 128:
-        return TileSizes(128, 64, 8, 2)
-    return TileSizes(64, 32, 4, 2)
+        tiles = TileSizes(64, 32, 4, 1) if dim <= 128 else TileSizes(32, 32, 4, 1)
+    elif dim <= 64:
+        tiles = TileSizes(128, 64, 4, 3)
+    elif dim <= 128:
+        tiles = TileSizes(128, 64, 8, 2)
+    else:
+        tiles = TileSizes(64, 32, 4, 2) if arch >= 90 else TileSizes(64, 32, 8, 2)
+    # Decoding: one query would leave all rows but one of a large tile empty.
+    return tiles._replace(block_t=min(tiles.block_t, max(16, 1 << (num_queries - 1).bit_length())))
 
 
-def backward_query_tiles(head_dim: int, element_size: int) -> TileSizes:
+def backward_query_tiles(head_dim: int, element_size: int, arch: int) -> TileSizes:
     """Tiles of the kernel that owns a tile of queries and writes their gradient."""
     dim = padded_head_dim(head_dim)
     if element_size >= 4:
-        return TileSizes(32, 32, 4, 1) if dim > 64 else TileSizes(64, 32, 4, 1)
+        return TileSizes(64, 32, 4, 1) if dim <= 64 else TileSizes(32, 32, 4, 1)
     if dim <= 64:
-        return TileSizes(128, 64, 4, 2)
-    if dim <= 128:
         return TileSizes(128, 64, 8, 2)
-    return TileSizes(64, 32, 8, 1)
+    if dim <= 128:
+        return TileSizes(128, 64, 8, 2) if arch >= 90 else TileSizes(64, 64, 8, 2)
+    # On Hopper 64 rows go to the warpgroup product, whose operands do not fit the registers at this width.
+    return TileSizes(32, 32, 8, 1) if arch >= 90 else TileSizes(64, 32, 8, 1)
 
 
-def backward_key_tiles(head_dim: int, element_size: int) -> TileSizes:
+def backward_key_tiles(head_dim: int, element_size: int, arch: int) -> TileSizes:
     """Tiles of the kernel that owns a tile of keys and writes the gradients of keys and values."""
     dim = padded_head_dim(head_dim)
     if element_size >= 4:
         return TileSizes(32, 32, 4, 1)
     if dim <= 64:
-        return TileSizes(64, 128, 8, 2)
-    if dim <= 128:
         return TileSizes(32, 128, 8, 2)
-    return TileSizes(32, 64, 8, 1)
+    if dim <= 128:
+        # Two accumulators of 128 columns are half of a thread's registers; 32 queries at a time spill on Hopper.
+        return {90: TileSizes(16, 128, 8, 2), 100: TileSizes(32, 128, 8, 2)}.get(arch, TileSizes(32, 64, 8, 2))
+    return TileSizes(32, 32, 8, 1)

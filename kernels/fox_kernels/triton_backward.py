@@ -6,9 +6,10 @@ With p from the saved log-sum-exp and delta_i = dO_i . o_i:
     dq_i = scale sum_j dS_ij k_j        dk_j = scale sum_i dS_ij q_i        dv_j = sum_i p_ij dO_i
     dlam_i += sum_j dS_ij               dlam_j -= sum_i dS_ij
 
-The row sums are 0 in exact arithmetic, yet leaving them out would pass every row's rounding on to all earlier gates: the
-error of the gate gradient then grows like sqrt(T), to 9 % at T = 4096 in bfloat16. So the kernel that owns the queries adds
-them up in float32. Both kernels visit the pairs of the forward pass, `first_key_i <= j <= i`, and no others.
+The row sums are 0 in exact arithmetic, yet leaving them out would pass every row's rounding on to all earlier gates:
+the error of the gate gradient then grows like sqrt(T), to 9 % at T = 4096 in bfloat16. So the kernel that owns the
+queries adds them up in float32. Both kernels visit the pairs of the forward pass, `first_key_i <= j <= i`, and no
+others.
 
 Letters, names, units and frame as in triton_forward.py.
 """
@@ -17,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile_sizes import TileSizes, backward_key_tiles, backward_query_tiles, padded_head_dim
+from .tile_sizes import TileSizes, architecture, backward_key_tiles, backward_query_tiles, padded_head_dim
 from .triton_forward import LOG2_E, dot_precision, load_tile
 
 
@@ -57,7 +58,8 @@ def forgetting_attention_backward_query_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, grad_ptr, dq_ptr, lam_ptr, first_key_ptr, lse_ptr, delta_ptr, row_sum_ptr,
     score_scale, scale, T, S, H, num_tiles,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    o_stride_b, o_stride_h, o_stride_t, g_stride_b, g_stride_h, g_stride_t, dq_stride_b, dq_stride_h, dq_stride_t, lam_low,
+    o_stride_b, o_stride_h, o_stride_t, g_stride_b, g_stride_h, g_stride_t, dq_stride_b, dq_stride_h, dq_stride_t,
+    lam_low,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -101,20 +103,22 @@ def forgetting_attention_backward_query_kernel(
     for start in tl.range(first_tile, full, BLOCK_S, num_stages=1):
         dq, row_sum = _query_step(
             dq, row_sum, q, grad, delta, lse, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, True, False, D, BLOCK_D,
-            BLOCK_S, PRECISION,
+            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, True, False, D,
+            BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
     for start in tl.range(full, diagonal, BLOCK_S, num_stages=NUM_STAGES):
         dq, row_sum = _query_step(
             dq, row_sum, q, grad, delta, lse, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, False, False, D, BLOCK_D,
-            BLOCK_S, PRECISION,
+            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, False, False, D,
+            BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
-    for start in tl.range(tl.maximum(diagonal, first_tile), tl.minimum(start_t + BLOCK_T + offset, S), BLOCK_S, num_stages=1):
+    for start in tl.range(
+        tl.maximum(diagonal, first_tile), tl.minimum(start_t + BLOCK_T + offset, S), BLOCK_S, num_stages=1
+    ):
         dq, row_sum = _query_step(
             dq, row_sum, q, grad, delta, lse, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, True, True, D, BLOCK_D,
-            BLOCK_S, PRECISION,
+            lam_ref_low, lam_t_high, lam_t_low, to_row, first, t_key, start, d, S, score_scale, True,
+            PRECISION == "ieee", D, BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
 
     # 4. Store.
@@ -129,7 +133,7 @@ def _key_step(
     lam_s_high, lam_s_low, to_key, lam_ref_high, lam_ref_low, s, start, d, T, S, score_scale,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries start .. start + BLOCK_T - 1 to dk, dv and to the column sums of dS; tiles are transposed, (S, T)."""
+    """Add the queries start .. start + BLOCK_T - 1 to dk, dv and the column sums of dS; tiles are (S, T)."""
     t = start + tl.arange(0, BLOCK_T)
     t_key = t + (S - T)
     q = load_tile(q_ptr, t, T, q_stride, d, D, BLOCK_D, MASKED)
@@ -147,11 +151,12 @@ def _key_step(
         lse = tl.load(lse_ptr + t)
         delta = tl.load(delta_ptr + t)
     score = tl.dot(k, tl.trans(q), input_precision=PRECISION) * score_scale
-    if MASKED:
+    if MASKED and PRECISION == "ieee":
         score += (high[None, :] - lam_s_high[:, None]) + (low[None, :] - lam_s_low[:, None]) - lse[None, :]
-        score = tl.where((s[:, None] >= first[None, :]) & (s[:, None] <= t_key[None, :]), score, float("-inf"))
     else:
         score += ((high - lam_ref_high) + (low - lam_ref_low) - lse)[None, :] + to_key[:, None]
+    if MASKED:
+        score = tl.where((s[:, None] >= first[None, :]) & (s[:, None] <= t_key[None, :]), score, float("-inf"))
     p = tl.math.exp2(score)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
     d_score = p * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
@@ -165,8 +170,8 @@ def forgetting_attention_backward_key_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, dk_ptr, dv_ptr, lam_ptr, first_key_ptr, lse_ptr, delta_ptr, column_sum_ptr,
     rows_ptr, score_scale, scale, T, S, H, num_tiles,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    g_stride_b, g_stride_h, g_stride_t, dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s, lam_low,
-    rows_any,
+    g_stride_b, g_stride_h, g_stride_t, dk_stride_b, dk_stride_h, dk_stride_s, dv_stride_b, dv_stride_h, dv_stride_s,
+    lam_low, rows_any,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -263,8 +268,9 @@ def backward(
     """Launch both kernels. Returns `dq`, `dk`, `dv` like their tensors, and `dlam (B, H, S)` float32 (per nat)."""
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
-    query_tiles = query_tiles or backward_query_tiles(dim, q.element_size())
-    key_tiles = key_tiles or backward_key_tiles(dim, q.element_size())
+    arch = architecture(q.device)
+    query_tiles = query_tiles or backward_query_tiles(dim, q.element_size(), arch)
+    key_tiles = key_tiles or backward_key_tiles(dim, q.element_size(), arch)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta, row_sum = torch.empty_like(lse), torch.empty_like(lse)
     column_sum = torch.empty(batch, num_heads, num_keys, dtype=torch.float32, device=q.device)

@@ -1,17 +1,20 @@
 """Forgetting attention, forward pass, as one Triton kernel.
 
-    o_i = sum_{j = first_i .. i} p_ij v_j,    p_i = softmax_j(scale * q_i . k_j + lam_i - lam_j),    lam = cumsum(log f)
+    o_i = sum_{j = first_i .. i} p_ij v_j,   p_i = softmax_j(scale * q_i . k_j + lam_i - lam_j),   lam = cumsum(log f)
 
-Online softmax over tiles of keys (FlashAttention-2, arXiv:2307.08691, algorithm 1); the bias is the Forgetting Transformer's
-(arXiv:2503.02130). `first_i` hides padding, closed gates and what pruning dropped: see gates.py.
+Online softmax over tiles of keys (FlashAttention-2, arXiv:2307.08691, algorithm 1); the bias is that of the
+Forgetting Transformer (arXiv:2503.02130). `first_i` hides padding, closed gates and what pruning dropped: see
+gates.py.
 
-Letters:  B batch, H query heads, G query heads per key head, T queries, S keys, D head dim; the queries are the last T of S.
+Letters:  B batch, H query heads, G query heads per key head, T queries (the last of the keys), S keys, D head dim.
 Tensors:  q, o (B, H, T, D);  k, v (B, H // G, S, D);  lam (2, B, H, S) high and low part;  first_key, lse (B, H, T).
 Names:    `x_ptr` points at the whole tensor, `x` is this program's tile of it, t, s, d are index vectors.
 Units:    scores, lam and lse are in bits inside the kernels (exp2 is one instruction), in nats everywhere outside.
-Frame:    away from the diagonal lam_i - lam_j is split at lam_ref of the tile's first query; lam_ref - lam_j is one number per
-          key, and lam_i - lam_ref (`-to_frame`) is constant in a row and leaves the softmax. On the diagonal the difference is
-          taken in full. The running maximum stays unsplit, so that a large decay costs it no digits.
+Frame:    away from the diagonal lam_i - lam_j is split at lam_ref of the tile's first query; lam_ref - lam_j is one
+          number per key, and lam_i - lam_ref (`-to_frame`) is constant in a row and leaves the softmax. On the
+          diagonal, where the two parts have opposite signs, float32 inputs take the difference in full; the 2e-4 bits
+          that a decay of 3000 bits within a tile costs otherwise are below the rounding of 16-bit inputs. The running
+          maximum is never split.
 """
 
 import math
@@ -20,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tile_sizes import TileSizes, forward_tiles, padded_head_dim
+from .tile_sizes import TileSizes, architecture, forward_tiles, padded_head_dim
 
 LOG2_E = 1.0 / math.log(2.0)
 
@@ -115,25 +118,30 @@ def forgetting_attention_forward_kernel(
     # 3. The diagonal: from the tile of keys that holds the first query's own, so that every row has a finite maximum.
     diagonal = (start_t + offset) // BLOCK_S * BLOCK_S
     first_tile = lowest // BLOCK_S * BLOCK_S
-    for start in tl.range(tl.maximum(diagonal, first_tile), tl.minimum(start_t + BLOCK_T + offset, S), BLOCK_S, num_stages=1):
+    for start in tl.range(
+        tl.maximum(diagonal, first_tile), tl.minimum(start_t + BLOCK_T + offset, S), BLOCK_S, num_stages=1
+    ):
         acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high, lam_ref_low,
-            lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True, True, D, BLOCK_D, BLOCK_S, PRECISION,
+            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
+            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True, PRECISION ==
+            "ieee", D, BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
 
     # 4. The keys that every row sees, without a mask.
     full = tl.minimum(tl.maximum((highest + BLOCK_S - 1) // BLOCK_S * BLOCK_S, first_tile), diagonal)
     for start in tl.range(full, diagonal, BLOCK_S, num_stages=NUM_STAGES):
         acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high, lam_ref_low,
-            lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, False, False, D, BLOCK_D, BLOCK_S, PRECISION,
+            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
+            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, False, False, D,
+            BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
 
     # 5. Tiles that only some rows see, or see in part: padding and closed gates.
     for start in tl.range(first_tile, full, BLOCK_S, num_stages=1):
         acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high, lam_ref_low,
-            lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True, False, D, BLOCK_D, BLOCK_S, PRECISION,
+            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
+            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True, False, D,
+            BLOCK_D, BLOCK_S, PRECISION,
         )  # fmt: skip
 
     # 6. Normalise and store. A row that saw nothing is 0; its log-sum-exp is +inf so that p = 0 in the backward pass.
@@ -147,7 +155,7 @@ def forgetting_attention_forward_kernel(
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products in full precision: the three-pass tf32 mode loses the last bits that a gradient check looks at."""
+    """float32 products in full precision: tf32, even in three passes, loses the bits that a gradient check sees."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -160,10 +168,10 @@ def forward(
     scale: float,
     tiles: TileSizes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel. Returns `o (B, H, T, D)` with the strides order of `q`, and `lse (B, H, T)` float32 in bits."""
+    """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits."""
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    tiles = tiles or forward_tiles(dim, q.element_size())
+    tiles = tiles or forward_tiles(dim, q.element_size(), architecture(q.device), num_queries)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     num_tiles = triton.cdiv(num_queries, tiles.block_t)

