@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fox_training import evaluate, scoring
 from helpers import save_tiny_llama
+from modeling_fox import FoxConfig, FoxForCausalLM, pruning_stats
 
 DOCUMENTS = ["A short one.", "The quick brown fox — naïve, 狐 — jumps over the lazy dog. " * 3, "x"]
 
@@ -183,3 +184,60 @@ def test_says_that_the_tokenizer_is_missing(folder, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "bare"), "--data", str(data), "--output-dir", str(tmp_path / "out")])
     assert "MODEL must hold a tokenizer" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def fox_folder(tmp_path_factory):
+    """Fixed gates: head h decays by exp(-1 / T_h) per token, T = 2 and 128, whatever the input."""
+    folder = tmp_path_factory.mktemp("fox")
+    config = FoxConfig.pro(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=256, eos_token_id=256, pad_token_id=257, fgate_type="bias_only", fgate_decay_time_min=2,
+        fgate_decay_time_max=128, log_pruning_tolerance=-10.0,
+    )  # fmt: skip
+    FoxForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("llama"))).save_pretrained(folder)
+    return folder
+
+
+def read_heads(path):
+    with path.open(encoding="utf-8") as file:
+        return np.array([[float(value) for value in row[1:]] for row in list(csv.reader(file))[1:]])
+
+
+def test_half_life_of_a_fixed_gate_is_its_decay_time_times_ln_2(fox_folder, data, tmp_path, capsys):
+    arguments = [str(fox_folder), "--data", str(data), "--context", "64", "--output-dir", str(tmp_path)]
+    assert evaluate.main([*arguments, "--attention", "sdpa"]) == 0
+    expected = math.log(2) * np.array([[2, 128]] * 2)
+    np.testing.assert_allclose(read_heads(tmp_path / "gate_half_life.csv"), expected, rtol=1e-5)
+    assert (tmp_path / "gate_half_life.png").is_file()
+    assert not (tmp_path / "pruned_share.csv").exists()
+    assert "no pruned share: attention is sdpa, not fox_acp" in capsys.readouterr().out
+
+
+def test_pruned_share_is_weighted_by_the_attended_pairs(fox_folder, tmp_path):
+    texts = ["a" * 600, "b" * 300]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    arguments = [str(fox_folder), "--data", str(data), "--context", "600", "--output-dir", str(tmp_path)]
+    assert evaluate.main([*arguments, "--attention", "fox_acp"]) == 0
+
+    model = AutoModelForCausalLM.from_pretrained(fox_folder, attn_implementation="fox_acp").eval()
+    skipped, pairs = 0, 0
+    for text in texts:
+        with torch.no_grad(), pruning_stats(model) as stats:
+            model(torch.tensor([[256, *text.encode()][:-1]]))
+        count = len(text) * (len(text) + 1) / 2
+        skipped, pairs = skipped + count * stats.pruned_fraction.double().numpy(), pairs + count
+    shares = read_heads(tmp_path / "pruned_share.csv")
+    np.testing.assert_allclose(shares, skipped / pairs, rtol=1e-6)
+    assert shares[0, 0] > shares[0, 1], "the head that forgets fast skips more"
+
+
+def test_pruning_within_its_tolerance_does_not_move_the_loss(fox_folder, data, tmp_path):
+    found = []
+    for extra in (["--attention", "sdpa"], ["--attention", "fox_acp", "--log-pruning-tolerance", "-10"]):
+        arguments = [str(fox_folder), "--data", str(data), "--context", "128", "--output-dir", str(tmp_path), *extra]
+        assert evaluate.main(arguments) == 0
+        found.append(json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["results"])
+    assert found[0]["nats_per_token"] == pytest.approx(found[1]["nats_per_token"], abs=1e-3)
