@@ -107,6 +107,14 @@ def test_batching_does_not_change_the_figures(folder):
     np.testing.assert_array_equal(one.position_tokens, many.position_tokens)
 
 
+def test_a_loss_that_is_not_finite_is_an_error(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    with pytest.raises(ValueError, match="document 1 a loss that is not finite"):
+        scoring.score(model, [[256], [256, 1, 2]], context=8, overlap=4, progress=False)
+
+
 def test_report_says_how_it_was_made(report):
     found, output = report
     assert found["windows"] == {"context": 24, "overlap": 10}

@@ -57,6 +57,8 @@ def of_run(run: Path, split: str) -> Documents:
 
     recipe = load_recipe(run / "recipe.yaml").data
     source = f"{split} documents of {run / 'recipe.yaml'}"
+    if recipe.streaming and split == "train":
+        raise ValueError(f"--ngram-data is needed: the training documents of {run} are a stream without a known end.")
     train, validation = load_documents(recipe)
     if split == "validation" and validation is None:
         raise ValueError(f"--data is needed: the recipe of {run} holds no validation documents out.")

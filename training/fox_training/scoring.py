@@ -110,7 +110,7 @@ def score(
         progress: Show a bar where stderr is a terminal.
 
     Raises:
-        ValueError: If no document holds a token to score.
+        ValueError: If no document holds a token to score, or a likelihood is NaN or 0.
     """
     scores = _empty_scores(len(documents), context)
     observer = HeadObserver(model)
@@ -125,6 +125,12 @@ def score(
             with observer.watch(inputs.shape):
                 logits = model(input_ids=inputs, use_cache=False).logits  # (B, L, V)
             nats, correct = _per_token(logits, targets)
+            if not np.isfinite(nats).all():
+                number = batch[int(np.argwhere(~np.isfinite(nats))[0, 0])].document
+                raise ValueError(
+                    f"the model gives a token of document {number} a loss that is not finite. "
+                    "Try --dtype float32; if that does not help the weights are broken."
+                )
             _add(scores, batch, nats, correct)
             bar.update(inputs.numel())
     scores.heads = observer.report()
@@ -159,7 +165,7 @@ def _per_token(logits: torch.Tensor, targets: torch.Tensor) -> tuple[np.ndarray,
     # Row by row: the fp32 copy of a bf16 batch would be the largest tensor of all.
     rows = zip(logits, targets, strict=True)
     nats = torch.stack([F.cross_entropy(row.float(), target, reduction="none") for row, target in rows])
-    return nats.double().cpu().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
+    return nats.cpu().double().numpy(), (logits.argmax(-1) == targets).cpu().numpy()
 
 
 def _add(scores: Scores, batch: list[Window], nats: np.ndarray, correct: np.ndarray):
