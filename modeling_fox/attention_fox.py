@@ -325,6 +325,15 @@ def find_document_starts(
     return starts
 
 
+def find_last_real_token(padding_mask: torch.Tensor) -> torch.Tensor:
+    """For each of `(B, T)` tokens, how many of them reach up to the last real one, itself included: `(B, T)` int64.
+
+    0 where all up to here is padding. As an index it counts the token before the T new ones as number 0.
+    """
+    position = torch.arange(1, padding_mask.shape[1] + 1, device=padding_mask.device)
+    return (position * (padding_mask != 0)).cummax(dim=1).values
+
+
 def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):
     """Make what the layers need from what the model was given.
 
@@ -334,14 +343,15 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         position_ids: `(B, T)`; see `find_document_starts`.
 
     Returns:
-        `{"full_attention": mask of the backend, "linear_attention": (B, T), 0 at padding, or None}`, and the first
-        tokens of packed documents, `(B, T)` bool, or `None`.
+        Arguments of every layer: "attention_mask", what the backend takes; "padding_mask", `(B, T)`, 0 at padding;
+        "last_real_token", see `find_last_real_token`; "document_starts", `(B, T)` bool, first tokens of packed
+        documents. Each of them may be `None`.
 
     Raises:
         ValueError: If documents are packed and there is a cache or padding: not every backend tells them apart then.
     """
     if isinstance(attention_mask, dict):
-        return attention_mask, None
+        return _layer_masks(attention_mask["full_attention"], attention_mask["linear_attention"], None)
     document_starts = None
     if attention_mask is None or attention_mask.dim() == 2:
         document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
@@ -367,11 +377,17 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    masks = {
-        "full_attention": create_causal_mask(**mask_kwargs),
-        "linear_attention": create_recurrent_attention_mask(**mask_kwargs),
+    causal, padding = create_causal_mask(**mask_kwargs), create_recurrent_attention_mask(**mask_kwargs)
+    return _layer_masks(causal, padding, document_starts)
+
+
+def _layer_masks(attention_mask, padding_mask, document_starts) -> dict:
+    return {
+        "attention_mask": attention_mask,
+        "padding_mask": padding_mask,
+        "last_real_token": None if padding_mask is None else find_last_real_token(padding_mask),
+        "document_starts": document_starts,
     }
-    return masks, document_starts
 
 
 AttentionInterface.register("fox_acp", fox_acp_attention_forward)

@@ -42,24 +42,24 @@ class FoxDynamicLayer(DynamicLayer):
         self.log_fgate = log_fgate if self.log_fgate is None else torch.cat([self.log_fgate, log_fgate], dim=-1)
         return self.log_fgate
 
-    def update_shift(self, name: str, projection: torch.Tensor) -> torch.Tensor | None:
-        """Remember the newest projections and return the one before them.
+    def past_shift(self, name: str) -> torch.Tensor | None:
+        """Projection of the last token before the shift, `(B, 1, H_kv, D)`, or `None` at the start of a sequence.
 
         Args:
             name: `"keys"` or `"values"`.
-            projection: Keys or values of the new tokens before the shift, `(B, T, H_kv, D)`.
-
-        Returns:
-            That of the token before the first new one, `(B, 1, H_kv, D)`, or `None` at the start of a sequence.
         """
+        state = getattr(self, f"shift_{name}")
+        return None if state is None else state[:, -1:]
+
+    def update_shift(self, name: str, projection: torch.Tensor) -> None:
+        """Remember the projections of the new tokens before the shift, `(B, T, H_kv, D)`, if needed."""
         past = getattr(self, f"shift_{name}")
-        if self.record_past:
-            kept = projection if past is None else torch.cat([past, projection], dim=1)
-        else:
+        if not self.record_past:
             # A copy: a slice would keep the projections of the whole prompt alive.
             kept = projection[:, -1:].clone()
+        else:
+            kept = projection if past is None else torch.cat([past, projection], dim=1)
         setattr(self, f"shift_{name}", kept)
-        return None if past is None else past[:, -1:]
 
     def activate_past_recording(self):
         """From now on keep what the shift needs to go back, until the next `crop`. Assisted decoding calls this."""
@@ -171,15 +171,17 @@ class FoxStaticLayer(StaticLayer):
         self.log_fgate.index_copy_(2, position, log_fgate)
         return self.log_fgate
 
-    def update_shift(self, name: str, projection: torch.Tensor) -> torch.Tensor:
-        """As in `FoxDynamicLayer`; returns zeros at the start of a sequence."""
+    def past_shift(self, name: str) -> torch.Tensor | None:
+        """As in `FoxDynamicLayer`; zeros at the start of a sequence once the memory is there."""
+        # A copy: `update_shift` writes to the buffer before the copy is used.
+        return getattr(self, f"shift_{name}").clone() if self.is_initialized else None
+
+    def update_shift(self, name: str, projection: torch.Tensor) -> None:
+        """Remember the projection of the last of the new tokens before the shift, `(B, T, H_kv, D)`."""
         if not self.is_initialized:
             heads_first = projection.transpose(1, 2)
             self.lazy_initialization(heads_first, heads_first)
-        buffer = getattr(self, f"shift_{name}")
-        past = buffer.clone()
-        buffer.copy_(projection[:, -1:])
-        return past
+        getattr(self, f"shift_{name}").copy_(projection[:, -1:])
 
     def reset(self) -> None:
         """Forget every token, keep the memory."""

@@ -118,29 +118,6 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (states * cos[:, :, None] + turned * sin[:, :, None]).to(states.dtype)
 
 
-def shift_tokens(
-    projection: torch.Tensor,
-    before: torch.Tensor | None,
-    logits: torch.Tensor,
-    document_starts: torch.Tensor | None,
-) -> torch.Tensor:
-    """Mix each token's keys or values with those of the token before: `w * previous + (1 - w) * own`.
-
-    Args:
-        projection: `(B, T, H_kv, D)`.
-        before: Those of the token before the first one, `(B, 1, H_kv, D)`; `None` stands for zeros.
-        logits: `(B, T, H_kv)`; `w = sigmoid(logits)`, in fp32.
-        document_starts: `(B, T)` bool; these tokens have no token before them.
-    """
-    if before is None:
-        before = torch.zeros_like(projection[:, :1])
-    previous = torch.cat([before, projection[:, :-1]], dim=1)
-    if document_starts is not None:
-        previous = previous.masked_fill(document_starts[:, :, None, None], 0.0)
-    weight = logits.float().sigmoid().unsqueeze(-1)
-    return torch.lerp(projection.float(), previous.float(), weight).to(projection.dtype)
-
-
 class FoxMLP(nn.Module):
     """SwiGLU: `down(act(gate(x)) * up(x))`."""
 
@@ -207,6 +184,7 @@ class FoxAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
+        last_real_token: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
@@ -218,6 +196,7 @@ class FoxAttention(nn.Module):
             hidden_states: `(B, T, E)`.
             attention_mask: Whatever the mask function of the backend made.
             padding_mask: `(B, T)`, 0 at padding among the new tokens; `None` if there is none.
+            last_real_token: `(B, T)`, see `find_last_real_token`; `None` if there is no padding.
             document_starts: `(B, T)` bool, first tokens of packed documents; `None` if nothing is packed.
             position_embeddings: Cosines and sines of the rotary embedding, or `None` without it.
             past_key_values: Cache to read and extend.
@@ -231,6 +210,11 @@ class FoxAttention(nn.Module):
         key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         log_fgate = self.log_forget_gate(hidden_states, num_heads=query.shape[2])
+        context = (cache_layer, last_real_token, document_starts)
+        if self.k_shift_proj is not None:
+            key = self.shift("keys", key, self.k_shift_proj(hidden_states), *context)
+        if self.v_shift_proj is not None:
+            value = self.shift("values", value, self.v_shift_proj(hidden_states), *context)
         if padding_mask is not None:
             # Filled, not multiplied: what padding computes may be NaN. Nothing is forgotten over padding.
             is_padding = padding_mask == 0
@@ -239,13 +223,6 @@ class FoxAttention(nn.Module):
             log_fgate = log_fgate.masked_fill(is_padding[:, None, :], 0.0)
         if self.gate_sink is not None:
             self.gate_sink(log_fgate.detach())
-
-        if self.k_shift_proj is not None:
-            before = None if cache_layer is None else cache_layer.update_shift("keys", key)
-            key = shift_tokens(key, before, self.k_shift_proj(hidden_states), document_starts)
-        if self.v_shift_proj is not None:
-            before = None if cache_layer is None else cache_layer.update_shift("values", value)
-            value = shift_tokens(value, before, self.v_shift_proj(hidden_states), document_starts)
         if self.q_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
@@ -276,6 +253,39 @@ class FoxAttention(nn.Module):
         if self.ogate_proj is not None:
             output = output * self.ogate_act(self.ogate_proj(hidden_states))
         return self.o_proj(output), weights
+
+    def shift(
+        self,
+        name: str,
+        projection: torch.Tensor,
+        logits: torch.Tensor,
+        cache_layer,
+        last_real_token: torch.Tensor | None,
+        document_starts: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Mix each token's keys or values with those of the token before: `w * previous + (1 - w) * own`.
+
+        Args:
+            name: `"keys"` or `"values"`.
+            projection: `(B, T, H_kv, D)`.
+            logits: `(B, T, H_kv)`; `w = sigmoid(logits)`, in fp32.
+            cache_layer: Knows the token before the first new one; `None` if there is none, which stands for zeros.
+        """
+        before = None if cache_layer is None else cache_layer.past_shift(name)
+        if before is None:
+            before = torch.zeros_like(projection[:, :1])
+        extended = torch.cat([before, projection], dim=1)
+        if last_real_token is not None:
+            # Padding takes the place of the last real token, so that the next one looks past the padding.
+            index = F.pad(last_real_token, (1, 0))[:, :, None, None].expand_as(extended)
+            extended = extended.gather(1, index)
+        if cache_layer is not None:
+            cache_layer.update_shift(name, extended[:, 1:])
+        previous = extended[:, :-1]
+        if document_starts is not None:
+            previous = previous.masked_fill(document_starts[:, :, None, None], 0.0)
+        weight = logits.float().sigmoid().unsqueeze(-1)
+        return torch.lerp(projection.float(), previous.float(), weight).to(projection.dtype)
 
     def log_forget_gate(self, hidden_states: torch.Tensor, num_heads: int) -> torch.Tensor:
         """Natural log of the forget gates of `hidden_states`, `(B, H, T)` fp32 nats, at most 0.
@@ -431,7 +441,7 @@ class FoxModel(FoxPreTrainedModel):
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
 
-        masks, document_starts = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        masks = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         num_tokens = inputs_embeds.shape[1]
         # In a static cache this is a tensor that the layers below count up.
         num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -448,9 +458,7 @@ class FoxModel(FoxPreTrainedModel):
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
-                attention_mask=masks["full_attention"],
-                padding_mask=masks["linear_attention"],
-                document_starts=document_starts,
+                **masks,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 num_keys=num_keys,
