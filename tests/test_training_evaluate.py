@@ -214,6 +214,7 @@ def read_heads(path):
 
 
 def test_half_life_of_a_fixed_gate_is_its_decay_time_times_ln_2(fox_folder, data, tmp_path, capsys):
+    (tmp_path / "pruned_share.csv").write_text("of an earlier evaluation", encoding="utf-8")
     arguments = [str(fox_folder), "--data", str(data), "--context", "64", "--output-dir", str(tmp_path)]
     assert evaluate.main([*arguments, "--attention", "sdpa"]) == 0
     expected = math.log(2) * np.array([[2, 128]] * 2)

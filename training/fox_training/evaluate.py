@@ -285,6 +285,10 @@ def _write_reports(folder: Path, report: dict, scores):
     from fox_training import plots
     from fox_training.scoring import PositionBin, position_curve
 
+    for stem in ("pruned_share", "gate_half_life"):
+        for old in folder.glob(f"{stem}.*"):
+            # Of an earlier evaluation, which this one may not replace.
+            old.unlink()
     curve = position_curve(scores)
     _write_csv(folder / "per_position_loss.csv", PositionBin._fields, curve)
     plots.position_curve(
