@@ -16,6 +16,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .parallel_fox import HEAD_NORM_STYLE
@@ -223,6 +224,16 @@ class FoxConfig(PreTrainedConfig):
         }
         return cls(**(plain | kwargs))
 
+    def initial_forget_gate_bias(self) -> list[float]:
+        """Bias of each head's forget gate at initialization, in logits: 0, or where the gate is `exp(-1 / time)`."""
+        num_heads, shortest = self.num_attention_heads, self.fgate_decay_time_min
+        if shortest is None:
+            return [0.0] * num_heads
+        step = (self.fgate_decay_time_max / shortest) ** (1 / max(num_heads - 1, 1))
+        # sigmoid(b) = exp(-x) for b = -log(exp(x) - 1); the second form does not overflow for times under 1/700 token.
+        rates = [1 / (shortest * step**head) for head in range(num_heads)]
+        return [-rate - math.log(-math.expm1(-rate)) for rate in rates]
+
     def validate_layer_type(self):
         """Accept our own layer type: the parent checks against the closed list of Transformers' own."""
 
@@ -232,7 +243,8 @@ class FoxConfig(PreTrainedConfig):
         self._check_heads()
         self._check_forget_gate()
         self._check_pruning()
-        for name, allowed in (("output_gate_act", OUTPUT_GATE_ACTS), ("fgate_type", FGATE_TYPES)):
+        choices = {"output_gate_act": OUTPUT_GATE_ACTS, "fgate_type": FGATE_TYPES, "hidden_act": tuple(ACT2FN)}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
 

@@ -89,8 +89,7 @@ class FoxHeadRMSNorm(nn.Module):
         normalized = F.rms_norm(states, states.shape[-1:], None, self.variance_epsilon).to(states.dtype)
         return normalized * self.weight.to(states.dtype)
 
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+    extra_repr = FoxRMSNorm.extra_repr
 
 
 class FoxRotaryEmbedding(nn.Module):
@@ -116,6 +115,10 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     first, second = states.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (states * cos[:, :, None] + turned * sin[:, :, None]).to(states.dtype)
+
+
+class FoxForgetGate(nn.Linear):
+    """Logits of the forget gates, `(B, T, E)` to `(B, T, H)`. A class of its own for its initialization."""
 
 
 class FoxMLP(nn.Module):
@@ -159,7 +162,7 @@ class FoxAttention(nn.Module):
 
         self.k_shift_proj = self.v_shift_proj = None
         self.q_norm = self.k_norm = self.output_norm = self.ogate_proj = None
-        self.fgate_proj = self.fgate_bias = None
+        self.fgate_proj = fgate_bias = None
         if config.use_k_shift:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
             self.k_shift_proj = nn.Linear(hidden_size, num_kv_heads, bias=False)
         if config.use_v_shift:  # CODEPATH: FoX (Pro), not FoX (LLaMA)
@@ -173,11 +176,12 @@ class FoxAttention(nn.Module):
             self.ogate_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
             self.ogate_act = ACT2FN[config.output_gate_act]
         if config.fgate_type == "full":  # CODEPATH: every FoX; the other types are the paper's ablations
-            self.fgate_proj = nn.Linear(hidden_size, num_heads, bias=True)
+            self.fgate_proj = FoxForgetGate(hidden_size, num_heads, bias=True)
         elif config.fgate_type == "bias_only":  # CODEPATH: ablation
-            self.fgate_bias = nn.Parameter(torch.zeros(num_heads))
+            fgate_bias = nn.Parameter(torch.zeros(num_heads))
         elif config.fgate_type == "fixed":  # CODEPATH: ablation
-            self.fgate_bias = nn.Buffer(torch.zeros(num_heads))
+            fgate_bias = nn.Buffer(torch.zeros(num_heads))
+        self.fgate_bias = fgate_bias
 
     def forward(
         self,
@@ -367,11 +371,10 @@ class FoxPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # Not by isinstance: its children are initialized before it, so this overwrites the zeros of a linear bias.
-        if hasattr(module, "log_forget_gate"):
-            bias = module.fgate_bias if module.fgate_proj is None else module.fgate_proj.bias
-            if bias is not None:
-                init.copy_(bias, forget_gate_bias(self.config).to(bias))
+        # By name: Transformers only comes here for modules with parameters of their own.
+        bias = module.bias if type(module).__name__ == "FoxForgetGate" else getattr(module, "fgate_bias", None)
+        if bias is not None:
+            init.copy_(bias, torch.tensor(self.config.initial_forget_gate_bias(), device=bias.device))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention is None:
@@ -382,19 +385,6 @@ class FoxPreTrainedModel(PreTrainedModel):
         # Before the parent, which would go and download a kernel whose name it does not know.
         check_attn_implementation(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
-
-
-def forget_gate_bias(config: FoxConfig) -> torch.Tensor:
-    """Initial forget-gate biases, `(H,)` fp32.
-
-    Zeros, or, given decay times, `b_h = -log(expm1(1 / T_h))`, at which `sigmoid(b_h) = exp(-1 / T_h)`.
-    """
-    if config.fgate_decay_time_min is None:  # CODEPATH: every published FoX
-        return torch.zeros(config.num_attention_heads)
-    shortest, longest = float(config.fgate_decay_time_min), float(config.fgate_decay_time_max)
-    fraction = torch.linspace(0, 1, config.num_attention_heads, dtype=torch.float64)
-    times = shortest * (longest / shortest) ** fraction
-    return -torch.log(torch.expm1(1.0 / times)).float()
 
 
 @auto_docstring

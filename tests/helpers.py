@@ -63,3 +63,20 @@ def save_tiny_llama(folder, *, vocab_size=258, max_position_embeddings=64):
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def tiny_fox(*, seed=0, model_class=None, attn_implementation=None, **config):
+    """A random 2-layer FoX (Pro) with grouped queries in eval mode, weights large enough that every part matters."""
+    from modeling_fox import FoxConfig, FoxForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    defaults = sizes | {"num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(seed)
+    config = FoxConfig(**(defaults | config))
+    config._attn_implementation = attn_implementation
+    return (model_class or FoxForCausalLM)(config).eval()
+
+
+def random_tokens(*shape, vocab_size=97, seed=1):
+    """Token ids from 1 on (0 is padding in these tests), `shape` int64."""
+    return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
