@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 
 from fox_training import data as data_module
 from fox_training.batches import Batches, PackedRows, Plan, StreamedRows, evaluation_batches, plan_batches
@@ -290,6 +291,19 @@ def test_a_stream_loses_no_token_and_restarts_positions_at_documents():
     as_set = lambda rows: sorted(tuple(row.tokens) for row in rows)  # noqa: E731
     assert as_set(mixed) == as_set(plain)
     assert [tuple(r.tokens) for r in mixed] != [tuple(r.tokens) for r in plain]
+
+
+def test_processes_share_a_stream_without_overlap():
+    texts = [f"text {i:02d}." for i in range(20)]
+    whole = datasets.IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
+    seen = []
+    for rank in range(2):
+        part = split_dataset_by_node(whole, rank, 2)
+        rows = StreamedRows(
+            part, byte_tokenizer(), 10, seed=0
+        ).iterate()  # each row is one document and the next start
+        seen += [bytes(row.tokens[1:9].astype(np.uint8)).decode() for row, _ in itertools.islice(rows, 10)]
+    assert sorted(seen) == texts
 
 
 def test_an_error_in_the_loader_thread_reaches_the_loop():

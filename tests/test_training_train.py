@@ -212,11 +212,44 @@ def test_a_launcher_that_accelerate_does_not_see_is_refused(tmp_path, monkeypatc
         train(recipe)
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path))
+    with run_module.lock_output(run_module.open_output(recipe), is_main=True):
+        with pytest.raises(RecipeError, match="another process trains in run.output_dir"):
+            train(recipe)
+    train(recipe)
+
+
+def test_the_launchers_precision_is_followed_or_refused(tmp_path, monkeypatch):
+    recipe, cpu = load_recipe(write_recipe(tmp_path)), torch.device("cpu")
+    assert not run_module.uses_bf16(recipe, cpu)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_module.uses_bf16(recipe, cpu)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(RecipeError, match="must be no or bf16; got fp16"):
+        run_module.uses_bf16(recipe, cpu)
+
+
+def test_a_streamed_run_resumes_bit_for_bit(tmp_path):
+    rows = [{"text": f"document number {i} says {'so ' * (i % 7)}"} for i in range(30)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = ("data.streaming=true", "data.source=local", f"data.path={tmp_path / 'data.jsonl'}",
+              "data.validation_ids=[]", "data.validation_documents=3", "data.shuffle_block=6")  # fmt: skip
+    whole = run_tiny(tmp_path, "schedule.steps=11", *stream, out="whole")  # several epochs
+    run_tiny(tmp_path, "schedule.steps=5", *stream, out="parts")
+    parts = run_tiny(tmp_path, "schedule.steps=11", *stream, out="parts")
+    assert curve(parts) == curve(whole)
+    assert "eval_bits_per_byte" in lines(parts)[-1]
+
+
 def test_a_changed_recipe_is_refused_with_the_differing_keys_unless_allowed(tmp_path, capsys):
     run_tiny(tmp_path, "schedule.steps=4")
     changed = ("schedule.steps=6", "optimizer.beta2=0.9", "data.tokenizer.kind=byte")
+    names = ("recipe.yaml", "data.json", "environment.json")
+    before = [(tmp_path / "out" / name).read_bytes() for name in names]
     with pytest.raises(RecipeError, match=r"optimizer.beta2: 0.95 -> 0.9. Use another run.output_dir"):
         run_tiny(tmp_path, *changed)
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
     out = run_tiny(tmp_path, *changed, allow_recipe_change=True)
     assert "recipe changed: optimizer.beta2" in capsys.readouterr().out
     assert list(curve(out)) == [1, 2, 3, 4, 5, 6]

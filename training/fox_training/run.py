@@ -19,8 +19,13 @@ from .batches import PackedRows, Plan, StreamedRows, plan_batches
 from .data import TokenStream, build_tokenizer, cache_folder, load_documents, tokenise
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
-from .recipe import Recipe, RecipeError, summary
+from .recipe import Recipe, RecipeError, save_recipe, summary
 from .tracking import MetricsLog, Progress, Stopwatch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the folder is not locked
+    fcntl = None
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Run:
     validation: TokenStream | None
     fingerprint: str
     autocast: bool
+    data: dict[str, Any]  # for data.json
     arguments: list[str]  # of the command line
     progress: Progress | None = None
     metrics: MetricsLog | None = None
@@ -86,6 +92,26 @@ def open_output(recipe: Recipe) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def lock_output(out: Path, is_main: bool):
+    """Hold the folder for this run inside the block; the system lets go of it however the process ends.
+
+    Raises:
+        RecipeError: If another run holds it: two runs would overwrite each other's checkpoints.
+    """
+    if fcntl is None or not is_main:
+        yield
+        return
+    with open(out / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"another process trains in run.output_dir {out}. Stop it, or use another folder."
+            ) from error
+        yield
+
+
 def start_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate for one process per device: one CPU, one GPU, or DDP over several.
 
@@ -123,7 +149,15 @@ def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
     """Whether autocast to bf16 is on.
 
     On a CPU only when asked for: processors without bf16 units are slower with it than without.
+
+    Raises:
+        RecipeError: If the launcher asks for a precision this loop has not.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16"):
+        raise RecipeError(f"the launcher's mixed_precision must be no or bf16; got {launched}. fp16 is not offered.")
+    if recipe.run.precision == "auto" and launched == "bf16":
+        return True
     if recipe.run.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return recipe.run.precision == "bf16"
@@ -157,16 +191,21 @@ def set_up(
         validation=validation,
         fingerprint=description["fingerprint"],
         autocast=uses_bf16(recipe, accelerator.device),
+        data=description,
         arguments=arguments,
     )
     run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     # Each process its own random numbers from here on; the weights above are the same on all.
     torch.manual_seed(recipe.run.seed + 1 + plan.rank)
-    if run.is_main:
-        (out / "data.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-        (out / "environment.json").write_text(json.dumps(environment(run), indent=1), encoding="utf-8")
     accelerator.print(describe_run(run, description))
     return run, rows
+
+
+def write_descriptions(run: Run) -> None:
+    """recipe.yaml, data.json and environment.json; only once it is certain that this run goes on in this folder."""
+    save_recipe(run.recipe, run.out / "recipe.yaml")
+    for name, values in (("data.json", run.data), ("environment.json", environment(run))):
+        (run.out / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from .batches import Batches, evaluation_batches
 from .card import write_card
 from .models import export_model, pruned_share, prunes
 from .optimizers import set_learning_rate
-from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict, save_recipe
+from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict
 from .recipe_help import describe_fields
-from .run import Run, open_output, set_up, start_accelerator
+from .run import Run, lock_output, open_output, set_up, start_accelerator, write_descriptions
 from .tracking import MetricsLog, Progress, check_trackers, start_trackers
 
 
@@ -91,34 +91,39 @@ def train(
     out = open_output(recipe)
     check_trackers(recipe.tracking)
     accelerator = start_accelerator(recipe)
-    run, rows = set_up(recipe, accelerator, out, list(arguments))
-    first, data_state = resume(run, allow_recipe_change)
-    steps = recipe.schedule.steps
-    if first >= steps and (out / "model" / "config.json").is_file():
-        accelerator.print(f"{out} is complete at step {first}. Raise schedule.steps to go on.")
-        return {"step": first}
-    if run.is_main:
-        save_recipe(recipe, out / "recipe.yaml")
-        run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
-    start_trackers(accelerator, recipe.tracking, recipe_to_dict(recipe)["schedule"], first)
-    run.progress = Progress(steps, first, enabled=run.is_main)
-    batches = Batches(rows, run.plan, run.device, data_state)
-    try:
-        with catch_signals(run):
-            last = train_steps(run, batches, first)
-        if run.stop_signal:
-            name = signal.Signals(run.stop_signal).name
-            run.progress.say(f"stopped by {name}; the same command goes on from the checkpoint.")
-            return {"step": last["step"]}
-        finish(run)
-        return last
-    finally:
-        batches.close()
-        run.progress.close()
-        if run.metrics is not None:
-            run.metrics.close()
-        if recipe.tracking.trackers:
-            accelerator.end_training()
+    with lock_output(out, accelerator.is_main_process):
+        run, rows = set_up(recipe, accelerator, out, list(arguments))
+        first, data_state = resume(run, allow_recipe_change)
+        if first >= recipe.schedule.steps and (out / "model" / "config.json").is_file():
+            accelerator.print(f"{out} is complete at step {first}. Raise schedule.steps to go on.")
+            return {"step": first}
+        if run.is_main:
+            write_descriptions(run)
+            run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
+        start_trackers(accelerator, recipe.tracking, recipe_to_dict(recipe)["schedule"], first)
+        run.progress = Progress(recipe.schedule.steps, first, enabled=run.is_main)
+        batches = Batches(rows, run.plan, run.device, data_state)
+        try:
+            return train_to_the_end(run, batches, first)
+        finally:
+            batches.close()
+            run.progress.close()
+            if run.metrics is not None:
+                run.metrics.close()
+            if recipe.tracking.trackers:
+                accelerator.end_training()
+
+
+def train_to_the_end(run: Run, batches: Batches, first: int) -> dict[str, Any]:
+    """All steps from `first` on and the export, unless a signal asks to stop before."""
+    with catch_signals(run):
+        last = train_steps(run, batches, first)
+    if run.stop_signal:
+        name = signal.Signals(run.stop_signal).name
+        run.progress.say(f"stopped by {name}; the same command goes on from the checkpoint.")
+        return {"step": last["step"]}
+    finish(run)
+    return last
 
 
 def train_steps(run: Run, batches: Batches, first: int) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
 
 def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
     """Write the figures since the last logged step. The first place where the device is waited for."""
-    loss = mean_loss(run)
+    loss = total_loss(run) / max(1, run.loss_steps)
     norm = grad_norm.item()
     seconds = run.watch.lap()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -210,10 +215,9 @@ def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batc
     run.progress.log(values)
 
 
-def mean_loss(run: Run) -> float:
-    """Mean over the steps since the last logged one and over all processes, in nats per token."""
-    total = run.accelerator.reduce(run.loss_sum, reduction="mean")
-    return total.item() / max(1, run.loss_steps)
+def total_loss(run: Run) -> float:
+    """Sum over the steps since the last logged one, mean over all processes, in nats per token."""
+    return run.accelerator.reduce(run.loss_sum.clone(), reduction="mean").item()
 
 
 def diverged(run: Run, step: int, loss: float, norm: float) -> UserError:
@@ -292,15 +296,15 @@ def write_best(run: Run, folder: Path) -> None:
 
 def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
     """Write a resumable checkpoint; never of weights that are no numbers."""
-    loss = mean_loss(run)
-    if not math.isfinite(loss):
-        raise diverged(run, step, loss, math.nan)
+    loss_sum = total_loss(run)
+    if not math.isfinite(loss_sum):
+        raise diverged(run, step, loss_sum, math.nan)
     state = {
         "step": step,
         "processes": run.plan.processes,
         "fingerprint": run.fingerprint,
         "data": data_state if "stream" not in data_state else None,
-        "loss_sum": loss * run.loss_steps,
+        "loss_sum": loss_sum,
         "loss_steps": run.loss_steps,
         "train_seconds": run.watch.seconds,
         "best": run.best,
