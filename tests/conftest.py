@@ -11,6 +11,8 @@ torch.set_num_threads(int(os.environ.get("FOX_TEST_THREADS", "1")))
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        # The first product on a thread of autograd would otherwise warn that there is no CUDA context yet.
+        torch.ones(1, 1, device="cuda", requires_grad=True).mm(torch.ones(1, 1, device="cuda")).sum().backward()
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -153,7 +153,6 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     running_bits: torch.Tensor,
     first_key: torch.Tensor,
@@ -161,22 +160,20 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `dq`, `dk`, `dv` in their dtypes, and the gradient of the running sum `dlam (B, H, S)` float32.
 
-    With dS = p * (dO v^T - rowsum(dO * o)):  dq = scale dS k,  dk = scale dS^T q,  dv = p^T dO,
-    dlam_i += sum_j dS_ij,  dlam_j -= sum_i dS_ij.
+    With dP = dO v^T and dS = p * (dP - rowsum(p * dP)):  dq = scale dS k,  dk = scale dS^T q,  dv = p^T dO,
+    dlam_j = -sum_i dS_ij; the row sums of dS, the other half of dlam, are 0.
     """
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     groups = num_heads // num_kv_heads
     work = _work_dtype(q.dtype)
     flat_q = (batch * num_kv_heads, groups, num_queries, dim)
-    qs, grads, outs = (x.reshape(flat_q) for x in (q, grad_out, out))
+    qs, grads = q.reshape(flat_q), grad_out.reshape(flat_q)
     ks, vs = (x.reshape(batch * num_kv_heads, num_keys, dim) for x in (k, v))
     row_lse = lse.reshape(flat_q[:-1]).unsqueeze(-1)
-    delta = (grads.to(work) * outs.to(work)).sum(dim=-1, keepdim=True)
     dq = torch.zeros(flat_q, dtype=work)
     dk, dv = torch.zeros(ks.shape, dtype=work), torch.zeros(ks.shape, dtype=work)
     dlam = torch.zeros(batch * num_kv_heads, groups, num_keys, dtype=work)
-    offset = num_keys - num_queries
     for block in _blocks(running_bits, first_key, num_kv_heads, work):
         q_rows, grad_rows = (_take(x, block, block.rows).to(work) for x in (qs, grads))
         k_cols, v_cols = (_take(x, block, block.keys).to(work) for x in (ks, vs))
@@ -184,20 +181,16 @@ def backward(
         weights = _scores(q_rows, k_cols, block, scale).sub_(_take(row_lse, block, block.rows)).exp_()
         flat = (heads, groups * rows)
         weights_flat, grad_flat = weights.view(*flat, -1), grad_rows.reshape(*flat, dim)
-        d_scores = torch.bmm(grad_flat, v_cols.transpose(1, 2)).sub_(_take(delta, block, block.rows).reshape(*flat, 1))
         d_v = torch.bmm(weights_flat.transpose(1, 2), grad_flat)
-        d_scores.mul_(weights_flat)
+        d_scores = torch.bmm(grad_flat, v_cols.transpose(1, 2)).mul_(weights_flat)
+        d_scores.addcmul_(weights_flat, d_scores.sum(dim=-1, keepdim=True), value=-1)
         d_k = torch.bmm(d_scores.transpose(1, 2), q_rows.reshape(*flat, dim)).mul_(scale)
         d_q = torch.bmm(d_scores, k_cols).mul_(scale).view(q_rows.shape)
-        d_scores = d_scores.view(weights.shape)
-        row_sum, column_sum = d_scores.sum(dim=-1), d_scores.sum(dim=-2)
-        shifted = slice(block.rows.start + offset, block.rows.stop + offset)
         index = slice(None) if block.heads is None else block.heads
         dq[index, :, block.rows] = d_q
         dk[index, block.keys] += d_k
         dv[index, block.keys] += d_v
-        dlam[index, :, block.keys] -= column_sum
-        dlam[index, :, shifted] += row_sum
+        dlam[index, :, block.keys] -= d_scores.view(weights.shape).sum(dim=-2)
     d_q = torch.empty_like(q).copy_(dq.view(q.shape))
     d_k, d_v = (torch.empty_like(x).copy_(y.view(x.shape)) for x, y in ((k, dk), (v, dv)))
     return d_q, d_k, d_v, dlam.view(batch, num_heads, num_keys)

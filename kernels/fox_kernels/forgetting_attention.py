@@ -236,10 +236,12 @@ def _forgetting_attention_backward(
     first_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    backend = blockwise if q.device.type == "cpu" else triton_backward
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    dq, dk, dv, dlam = backend.backward(grad_out, q, k, v, out, lse, running_bits, first_key, scale)
+    if q.device.type == "cpu":
+        dq, dk, dv, dlam = blockwise.backward(grad_out, q, k, v, lse, running_bits, first_key, scale)
+    else:
+        dq, dk, dv, dlam = triton_backward.backward(grad_out, q, k, v, out, lse, running_bits, first_key, scale)
     # A gate at t is part of the running sum from t on. Summed in float64: total minus prefix would cancel at great
     # length.
     dgate = dlam.double().flip(-1).cumsum(-1).flip(-1).float()
