@@ -83,6 +83,7 @@ def test_the_demo_goes_the_whole_path_and_fails_a_model_that_has_learned_nothing
     assert re.search(r"^Gentlemen.+", first.out, re.MULTILINE | re.DOTALL)
     report = json.loads((out / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
     assert f"this model       {report['results']['bits_per_byte']:9.4f}" in first.out
+    assert re.search(r"with pruning +\d+\.\d{4}   skipping \d+\.\d% of the attention over 12,442 tokens", first.out)
     text = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert f"| {report['results']['bits_per_byte']:.4f} |" in text
     steps = (out / "metrics.jsonl").read_text(encoding="utf-8")

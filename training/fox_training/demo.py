@@ -22,6 +22,8 @@ is 1 if the model does not predict the held-out message better than a byte 3-gra
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 ORDER_TO_BEAT = "3"
+# e^-10: no token may lose more than 4.5e-5 of its attention. A context longer than the held-out text.
+PRUNED = ["--attention", "fox_acp", "--log-pruning-tolerance", "-10", "--context", "8192"]
 PROMPT = "Fellow-Citizens of the Senate and House of Representatives:"
 
 # Run by a new Python process: nothing of this one is left but the folder.
@@ -86,16 +88,20 @@ def demo(recipe: Path, out: Path, overrides: list[str]) -> int:
 
     arguments = [str(out / "model"), "--ngrams"]
     report = evaluate.evaluate(evaluate.parser().parse_args(arguments), arguments)
-    watch.lap("evaluation")
     print(f"saved {card.write_card(out)}")
 
-    heading("3. reload in a new process and generate")
+    heading("3. the same on the whole text at once, skipping what the gates have made negligible")
+    arguments = [str(out / "model"), *PRUNED, "--output-dir", str(out / "evaluation_pruned")]
+    pruned = evaluate.evaluate(evaluate.parser().parse_args(arguments), arguments)
+    watch.lap("evaluation")
+
+    heading("4. reload in a new process and generate")
     print(reload_and_generate(out / "model", PROMPT))
     watch.lap("reloading and generating")
 
-    heading("4. summary")
+    heading("5. summary")
     beaten = report["results"]["bits_per_byte"] < report["ngrams"]["bits_per_byte"][ORDER_TO_BEAT]
-    print(summary(report, watch, out))
+    print(summary(report, pruned, watch, out))
     if not beaten:
         print(f"the model does not beat the byte {ORDER_TO_BEAT}-gram: something is wrong.", file=sys.stderr)
     return 0 if beaten else 1
@@ -137,18 +143,22 @@ def reload_and_generate(model: Path, prompt: str) -> str:
     return process.stdout.strip()
 
 
-def summary(report: dict, watch: Watch, out: Path) -> str:
-    """Bits per byte beside the n-grams, the time of each part, and where things are."""
+def summary(report: dict, pruned: dict, watch: Watch, out: Path) -> str:
+    """Bits per byte beside the n-grams, what pruning saves, the time of each part, and where things are."""
     from fox_training.evaluate import ngram_table
 
+    skipped = (
+        f"{pruned['heads']['pruned_share']['mean']:.1%} of the attention over {pruned['data']['tokens']:,} tokens"
+    )
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in watch.parts.items())
     return "\n".join(
         [
             ngram_table(report["ngrams"]["bits_per_byte"], report["results"]["bits_per_byte"]),
+            f"  with pruning   {pruned['results']['bits_per_byte']:9.4f}   skipping {skipped}",
             "",
             f"{times}; {sum(watch.parts.values()):.0f} s in all",
             f"model and card    {out / 'model'}",
-            f"measurements      {out / 'evaluation'}",
+            f"measurements      {out / 'evaluation'}, {out / 'evaluation_pruned'}",
             f"training log      {out / 'metrics.jsonl'}",
             f"generate more     python -m fox_training.generate {out / 'model'} --prompt 'Fellow-Citizens'",
         ]

@@ -24,7 +24,8 @@ A model of the Hub: python -m fox_training.evaluate gpt2 --data user/dataset --s
 Writes evaluation.json and per_position_loss.csv/.png, for FoX also gate_half_life.csv/.png and (attention fox_acp)
 pruned_share.csv/.png. Every document is scored alone, from its BOS token on; BOS itself and an end token are not
 scored. Longer documents are cut into windows of --context tokens; a token beyond the first window is predicted from at
-least --overlap tokens before it, and is counted once.
+least --overlap tokens before it, and is counted once. The loss per position is taken from a second pass over windows
+without overlap, so that every length of context is met equally often and all over the text.
 """
 
 # Without a run to take it from: logits of a window take context * vocabulary * 4 bytes.
@@ -114,7 +115,11 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
     model = pretrained.load_model(name, attention=args.attention, dtype=args.dtype, device=args.device, **overrides)
     context, overlap = _window(args, run, model.config)
     token_ids, lossless = encode(tokenizer, held_out.texts)
-    scores = scoring.score(model, token_ids, context=context, overlap=overlap, tokens_per_batch=args.tokens_per_batch)
+    options = {"context": context, "tokens_per_batch": args.tokens_per_batch}
+    scores = scoring.score(model, token_ids, overlap=overlap, **options)
+    # With overlap short contexts only occur where documents begin, and beginnings are all alike. Without it every
+    # window starts cold, wherever it lies, and each length of context is met equally often.
+    cold = scoring.score(model, token_ids, overlap=0, **options)
     report = {
         "model": name,
         "weights_sha256": provenance.weights_sha256(name),
@@ -126,12 +131,12 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
         "data": held_out.describe() | {"tokens": int(scores.num_tokens.sum()), "lossless_documents": lossless},
         "windows": {"context": context, "overlap": overlap},
         "results": results(scores, held_out),
-        "context_gain_nats": scoring.context_gain(scores),
+        "context_gain_nats": scoring.context_gain(cold),
         "heads": _head_summary(scores.heads),
         "ngrams": _ngram_figures(training, held_out),
         "seconds": round(time.monotonic() - started, 1),
     } | provenance.describe(provenance.command_line("fox_training.evaluate", argv))
-    _write_reports(output_dir, report, scores)
+    _write_reports(output_dir, report, scores.heads, cold)
     print(summary(report, scores.heads.notes))
     print(f"saved {output_dir}")
     return report
@@ -178,8 +183,10 @@ def summary(report: dict, notes: list[str]) -> str:
     lost = data["documents"] - data["lossless_documents"]
     if lost:
         lines.append(f"warning: the tokenizer does not restore {lost} documents exactly; bits per byte is too low.")
-    if report["context_gain_nats"] is not None:
-        lines.append(f"loss falls by {report['context_gain_nats']:.4f} nats from 1/16..1/8 to 1/2..1 of the context")
+    gain = report["context_gain_nats"]
+    if gain is not None:
+        direction = "lower" if gain >= 0 else "higher"
+        lines.append(f"loss with 1/2..1 of the context is {abs(gain):.4f} nats {direction} than with 1/16..1/8 of it")
     lines += notes
     if report["ngrams"]:
         lines += ["", ngram_table(report["ngrams"]["bits_per_byte"], found["bits_per_byte"])]
@@ -281,7 +288,7 @@ def _head_summary(heads) -> dict:
     return found
 
 
-def _write_reports(folder: Path, report: dict, scores):
+def _write_reports(folder: Path, report: dict, heads, cold):
     from fox_training import plots
     from fox_training.scoring import PositionBin, position_curve
 
@@ -289,7 +296,7 @@ def _write_reports(folder: Path, report: dict, scores):
         for old in folder.glob(f"{stem}.*"):
             # Of an earlier evaluation, which this one may not replace.
             old.unlink()
-    curve = position_curve(scores)
+    curve = position_curve(cold)
     _write_csv(folder / "per_position_loss.csv", PositionBin._fields, curve)
     plots.position_curve(
         folder / "per_position_loss.png",
@@ -298,7 +305,6 @@ def _write_reports(folder: Path, report: dict, scores):
         standard_error=[row.standard_error for row in curve],
         title="Loss over visible context",
     )
-    heads = scores.heads
     if heads.pruned_share is not None:
         _write_heads(folder / "pruned_share.csv", heads.pruned_share)
         plots.head_map(folder / "pruned_share.png", heads.pruned_share, percent=True,
