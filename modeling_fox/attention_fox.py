@@ -25,12 +25,12 @@ Every backend takes `(module, query, key, value, attention_mask, scaling, log_fg
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     AttentionMaskInterface,
     create_causal_mask,
-    create_recurrent_attention_mask,
     sdpa_mask,
 )
 from transformers.modeling_utils import AttentionInterface
@@ -84,11 +84,24 @@ def repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+def running_sum(log_fgate: torch.Tensor, document_starts: torch.Tensor | None) -> torch.Tensor:
+    """Sum of the gates up to each token, `(B, H, S)` fp32 nats, from the start of its document if it has one."""
+    if document_starts is None:
+        return log_fgate.cumsum(dim=-1)
+    # In fp64, so that what is subtracted leaves no rounding behind and no document depends on those before it.
+    running = log_fgate.double().cumsum(dim=-1)
+    position = torch.arange(document_starts.shape[-1], device=document_starts.device)
+    start = (position * document_starts).cummax(dim=-1).values[:, None].expand_as(running)
+    return (running - running.gather(-1, start)).float()
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, **kwargs
+):
     """The definition, with the whole score matrix in memory. Weights: `(B, H, T, S)`, dtype of `query`."""
     num_heads, num_queries = query.shape[1:3]
     key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
-    running = log_fgate.cumsum(dim=-1)
+    running = running_sum(log_fgate, document_starts)
     # In a static cache the last positions are not the queries; c_i is then off by the same amount for every key.
     decay = running[..., -num_queries:, None] - running[..., None, :]
     # Future keys are masked below; their "decay" is positive and could overflow.
@@ -99,16 +112,19 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def decay_channels(log_fgate: torch.Tensor, scaling: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
+def decay_channels(running: torch.Tensor, scaling: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
     """Channels to append to the keys so that a dot product with `(factor, 1, ..., 1)`, times `scaling`, gives `-c_j`.
 
     fp32 takes one channel, wrong by at most `2^-24 |c_j|`. bf16 and fp16 take three that add up to as many bits: with
     fewer the decay itself would be wrong by whole nats after some hundred tokens.
 
+    Args:
+        running: c, `(B, H, S)` fp32 nats.
+
     Returns:
         `(B, H, S, 1 or 3)` of `dtype`, and the factor that the query needs in the first of them.
     """
-    offset = log_fgate.cumsum(dim=-1) / -scaling
+    offset = running / -scaling
     if dtype not in (torch.bfloat16, torch.float16):
         return offset.to(dtype).unsqueeze(-1), 1.0
     factor = FP16_FACTOR if dtype == torch.float16 else 1.0
@@ -121,10 +137,10 @@ def decay_channels(log_fgate: torch.Tensor, scaling: float, dtype: torch.dtype) 
     return torch.stack((high, middle, low), dim=-1), factor
 
 
-def fold_decay(query, key, value, log_fgate, scaling):
+def fold_decay(query, key, value, running, scaling):
     """Return q', k', v' such that ordinary attention of them, cut back to D channels, is forgetting attention."""
     num_heads, head_dim = query.shape[1], query.shape[-1]
-    channels, factor = decay_channels(log_fgate, scaling, query.dtype)
+    channels, factor = decay_channels(running, scaling, query.dtype)
     num_channels = channels.shape[-1]
     # GPU kernels want rows of 16 bytes.
     multiple = 16 // query.element_size() if query.is_cuda else 1
@@ -159,7 +175,9 @@ def attend_one_query(query, key, value, attention_mask, scaling, log_fgate):
     return out.reshape(batch, 1, num_heads, head_dim)
 
 
-def sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+def sdpa_attention_forward(
+    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, **kwargs
+):
     """PyTorch's own kernels on keys widened by the decay: linear memory, forward and backward."""
     num_queries, head_dim = query.shape[2:]
     if num_queries == 1:
@@ -167,21 +185,27 @@ def sdpa_attention_forward(module, query, key, value, attention_mask, scaling, l
     if attention_mask is None and key.shape[2] > num_queries:
         # Transformers makes no mask for the first tokens in a static cache; the rest of it is still empty.
         key, value, log_fgate = key[:, :, :num_queries], value[:, :, :num_queries], log_fgate[..., :num_queries]
-    query, key, value = fold_decay(query, key, value, log_fgate, scaling)
+    query, key, value = fold_decay(query, key, value, running_sum(log_fgate, document_starts), scaling)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=attention_mask is None
     )
     return out[..., :head_dim].transpose(1, 2).contiguous(), None
 
 
-def flex_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+def flex_attention_forward(
+    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, **kwargs
+):
     """FlexAttention with the decay in its score_mod. `attention_mask` is a `BlockMask`."""
     num_heads, num_queries = query.shape[1:3]
+    if num_queries == 1:
+        # A row of the mask costs nothing, while FlexAttention compiles anew as the keys grow.
+        row = create_mask(attention_mask.mask_mod, query.shape[0], 1, 1, key.shape[2], device=query.device)
+        return attend_one_query(query, key, value, row, scaling, log_fgate), None
     groups = num_heads // key.shape[1]
     # FlexAttention shares keys between a power of two of heads only.
     if groups & (groups - 1):
         key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
-    running = log_fgate.cumsum(dim=-1)
+    running = running_sum(log_fgate, document_starts)
     # Two tensors, as FlexAttention cannot differentiate one that is indexed twice. The gradient of the queries' part
     # is zero anyway: it adds the same amount to every score of a row.
     query_sum = running.detach()[..., -num_queries:].contiguous()
@@ -226,7 +250,7 @@ def fox_acp_attention_forward(
         if sink is not None:
             nothing = log_fgate.new_zeros(query.shape[1])
             sink(nothing, nothing)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, document_starts)
     if num_keys == 0:
         raise ValueError(
             f"`attn_implementation='fox_acp'` cannot compile a call with {query.shape[2]} tokens on a static cache. "
@@ -325,6 +349,21 @@ def find_document_starts(
     return starts
 
 
+def padding_of_new_tokens(config, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
+    """The last T columns of a `(B, S)` mask, or `None` if no new token is padding or that is not known.
+
+    Transformers' own `create_recurrent_attention_mask` takes a single token for real, which is wrong for a sequence
+    that still is in its padding when a prompt is fed in pieces. Compiled code takes it for real too.
+    """
+    num_tokens = inputs_embeds.shape[1]
+    if attention_mask is None or attention_mask.dim() != 2 or (num_tokens == 1 and is_tracing(attention_mask)):
+        return None
+    padding_mask = attention_mask[:, -num_tokens:]
+    if not is_tracing(padding_mask) and padding_mask.all():
+        return None
+    return padding_mask.contiguous()
+
+
 def find_last_real_token(padding_mask: torch.Tensor) -> torch.Tensor:
     """For each of `(B, T)` tokens, how many of them reach up to the last real one, itself included: `(B, T)` int64.
 
@@ -377,7 +416,7 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    causal, padding = create_causal_mask(**mask_kwargs), create_recurrent_attention_mask(**mask_kwargs)
+    causal, padding = create_causal_mask(**mask_kwargs), padding_of_new_tokens(**mask_kwargs)
     return _layer_masks(causal, padding, document_starts)
 
 
@@ -395,7 +434,7 @@ AttentionMaskInterface.register("fox_acp", fox_acp_mask)
 # For `generate`, which makes the masks itself when the cache is compileable: the same two that FoxModel makes.
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["forgetting_attention"] = {
     "full_attention": create_causal_mask,
-    "linear_attention": create_recurrent_attention_mask,
+    "linear_attention": padding_of_new_tokens,
 }
 
 __all__ = ["FOX_BACKENDS", "check_attn_implementation", "default_attn_implementation"]

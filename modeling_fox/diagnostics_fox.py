@@ -26,7 +26,7 @@ class PruningStats:
             self._bounds[layer] = torch.maximum(self._bounds[layer], lost_mass_bound)
 
     def _stacked(self, rows: list[torch.Tensor | None]) -> torch.Tensor:
-        if None in self._calls or 0 in self._calls:
+        if 0 in self._calls:
             raise ValueError(
                 "`pruning_stats` must see a forward call of the model; got none. Call it inside the block."
             )

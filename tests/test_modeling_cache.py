@@ -1,0 +1,205 @@
+"""The caches: decoding with one equals the parallel forward, whatever is done to it in between."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from helpers import random_tokens, tiny_fox
+from modeling_fox import FoxDynamicLayer, FoxStaticLayer
+
+BACKENDS = ["eager", "sdpa", "fox_acp"]
+VARIANTS = {
+    "pro": {},
+    "rope": {"use_rope": True},
+    "k-shift-only": {"use_v_shift": False},
+    "open": {"fgate_type": "none"},
+}
+
+
+def new_cache(kind, model, max_cache_len=48):
+    return (
+        DynamicCache(config=model.config)
+        if kind == "dynamic"
+        else StaticCache(config=model.config, max_cache_len=max_cache_len)
+    )
+
+
+@torch.no_grad()
+def decode(model, tokens, mask, chunks, cache):
+    """Logits `(B, T, V)` of `tokens`, fed in pieces of these lengths; the mask grows as in `generate`."""
+    logits, start = [], 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for length in chunks:
+        end = start + length
+        out = model(
+            tokens[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(out.logits)
+        start = end
+    assert start == tokens.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def left_padded(num_padding=9, length=33):
+    tokens, mask = random_tokens(2, length), torch.ones(2, length, dtype=torch.int64)
+    mask[1, :num_padding] = 0
+    return tokens, mask
+
+
+@torch.no_grad()
+def parallel(model, tokens, mask):
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        pytest.param([12] + [1] * 21, id="prompt-then-steps"),
+        pytest.param([1, 20, 5, 1, 1, 4, 1], id="chunked-prefill"),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding_equals_the_parallel_forward(variant, chunks, kind, backend):
+    model = tiny_fox(attn_implementation=backend, **VARIANTS[variant])
+    tokens, mask = left_padded()
+    difference = decode(model, tokens, mask, chunks, new_cache(kind, model)) - parallel(model, tokens, mask)
+    assert difference[mask.bool()].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding(backend, kind):
+    # Two turns; the second is padded on the left for sequence 0, so that its first token must look past the padding
+    # for the token before it. Then two tokens are generated.
+    model = tiny_fox(attn_implementation=backend)
+    tokens, mask = random_tokens(2, 22), torch.ones(2, 22, dtype=torch.int64)
+    mask[0, 10:15] = 0
+    mask[1, 8:10] = 0  # a first turn padded on the right
+    got = decode(model, tokens, mask, [10, 10, 1, 1], new_cache(kind, model))
+    for row in range(2):
+        real = mask[row].bool()
+        alone = tokens[row, real][None]
+        expected = parallel(model, alone, torch.ones_like(alone))
+        assert (got[row, real] - expected[0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_reordered_beams_go_on_from_the_beam_they_were_copied_from(kind):
+    model = tiny_fox()
+    prompt, following, order = random_tokens(3, 12), random_tokens(3, 6, seed=2), torch.tensor([2, 0, 0])
+    cache = new_cache(kind, model)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache, use_cache=True)
+        cache.reorder_cache(order)
+        got = torch.cat([model(following[:, t : t + 1], past_key_values=cache).logits for t in range(6)], dim=1)
+        expected = model(torch.cat([prompt[order], following], dim=1), use_cache=False).logits[:, 12:]
+    assert (got - expected).abs().max() < 1e-4
+
+
+def test_repeated_and_selected_sequences_keep_all_their_state():
+    model, prompt, following = tiny_fox(), random_tokens(2, 12), random_tokens(3, 1, seed=2)
+    cache = new_cache("dynamic", model)
+    rows = torch.tensor([0, 0, 1, 1])[torch.tensor([3, 1, 2])]
+    with torch.no_grad():
+        model(prompt, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 1, 2]))
+        got = model(following, past_key_values=cache).logits[:, 0]
+        expected = model(torch.cat([prompt[rows], following], dim=1), use_cache=False).logits[:, -1]
+    assert (got - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("num_removed", [0, 1, 4])
+def test_cropped_cache_goes_on_from_what_is_left(num_removed):
+    model, tokens, following = tiny_fox(), random_tokens(1, 17), random_tokens(1, 3, seed=2)
+    cache = new_cache("dynamic", model)
+    with torch.no_grad():
+        model(tokens[:, :12], past_key_values=cache, use_cache=True)
+        cache.activate_past_recording()
+        model(tokens[:, 12:15], past_key_values=cache)
+        model(tokens[:, 15:], past_key_values=cache)
+        cache.crop(-num_removed)
+        kept = tokens[:, : 17 - num_removed]
+        assert cache.get_seq_length() == kept.shape[1]
+        got = model(following, past_key_values=cache).logits
+        expected = model(torch.cat([kept, following], dim=1), use_cache=False).logits[:, -3:]
+    assert (got - expected).abs().max() < 1e-4
+    # Trimmed by the crop, and again by the next: the recording does not grow with the sequence.
+    cache.crop(0)
+    assert cache.layers[0].shift_keys.shape == (1, 1, 2, 16)
+
+
+def test_cropping_further_than_recorded_is_refused_and_changes_nothing():
+    model, tokens = tiny_fox(), random_tokens(1, 9)
+    cache = new_cache("dynamic", model)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache, use_cache=True)
+        with pytest.raises(RuntimeError, match="reach back at most 0 tokens; got -2. Call `activate_past_recording"):
+            cache.crop(-2)
+        assert cache.get_seq_length() == 9
+        cache.crop(-9)
+        assert cache.get_seq_length() == 0
+        again = model(tokens, past_key_values=cache).logits
+        torch.testing.assert_close(again, model(tokens, use_cache=False).logits, rtol=0, atol=1e-4)
+
+
+def test_cropping_to_a_length_is_refused():
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 or negative; got 5"):
+        FoxDynamicLayer().crop(5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_reset_cache_is_as_good_as_new(kind):
+    model, tokens = tiny_fox(), random_tokens(2, 9)
+    cache = new_cache(kind, model)
+    with torch.no_grad():
+        model(random_tokens(2, 14, seed=3), past_key_values=cache, use_cache=True)
+        cache.reset()
+        got = model(tokens, past_key_values=cache, use_cache=True).logits
+        assert (got - model(tokens, use_cache=False).logits).abs().max() < 1e-4
+
+
+def test_caches_are_built_from_our_layers_and_hold_gates_in_fp32():
+    model = tiny_fox().to(torch.bfloat16)
+    tokens = random_tokens(2, 9)
+    for kind, layer_type, length in (("dynamic", FoxDynamicLayer, 9), ("static", FoxStaticLayer, 48)):
+        cache = new_cache(kind, model)
+        model(tokens, past_key_values=cache, use_cache=True)
+        layer = cache.layers[1]
+        assert type(layer) is layer_type
+        assert layer.log_fgate.shape == (2, 4, length) and layer.log_fgate.dtype == torch.float32
+        assert layer.keys.shape == (2, 2, length, 16) and layer.keys.dtype == torch.bfloat16
+        assert layer.shift_keys.shape == (2, 1, 2, 16)
+
+
+def test_static_buffers_stay_where_they_are():
+    model, tokens = tiny_fox(num_key_value_heads=4), random_tokens(2, 12)
+    cache = new_cache("static", model)
+    names = ("keys", "values", "log_fgate", "shift_keys", "shift_values")
+    addresses = []
+    for step in (tokens[:, :9], tokens[:, 9:10], tokens[:, 10:]):
+        model(step, past_key_values=cache, use_cache=True)
+        addresses.append([getattr(cache.layers[0], name).data_ptr() for name in names])
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_a_cache_built_without_config_is_filled_while_empty_and_refused_after():
+    model, tokens = tiny_fox(), random_tokens(1, 8)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens[:, :5], past_key_values=cache, use_cache=True)
+        got = model(tokens[:, 5:], past_key_values=cache, use_cache=True).logits
+        assert (got - model(tokens, use_cache=False).logits[:, 5:]).abs().max() < 1e-4
+    foreign = DynamicCache()
+    foreign.update(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), 0)
+    assert type(foreign.layers[0]) is DynamicLayer
+    with pytest.raises(ValueError, match="`past_key_values` must hold forget gates beside keys and values; got a Dyn"):
+        model(tokens, past_key_values=foreign)
