@@ -14,9 +14,7 @@ from modeling_fox import FoxConfig, FoxForCausalLM
 
 @pytest.fixture
 def model():
-    config = FoxConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    )
+    config = FoxConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     return FoxForCausalLM(config)
 
 

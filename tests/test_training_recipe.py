@@ -138,7 +138,9 @@ def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path):
 
 def test_only_what_changes_the_result_counts_as_a_change():
     old = recipe_to_dict(load_recipe(None))
-    new = load_recipe(None, ["optimizer.beta2=0.9", "data.cache_dir=/x", "schedule.steps=7", "data.micro_batch_size=1"])
+    new = load_recipe(
+        None, ["optimizer.beta2=0.9", "data.cache_dir=/x", "schedule.steps=7", "data.micro_batch_size=1"]
+    )
     assert changed_keys(old, recipe_to_dict(new)) == ["optimizer.beta2: 0.95 -> 0.9"]
     added = load_recipe(None, ["model.config.use_rope=true"])
     assert changed_keys(old, recipe_to_dict(added)) == ["model.config.use_rope: absent -> True"]
