@@ -220,6 +220,15 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     train(recipe)
 
 
+def test_the_number_of_threads_is_that_of_the_recipe(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        run_module.start_accelerator(load_recipe(write_recipe(tmp_path, "run.threads=2")))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_launchers_precision_is_followed_or_refused(tmp_path, monkeypatch):
     recipe, cpu = load_recipe(write_recipe(tmp_path)), torch.device("cpu")
     assert not run_module.uses_bf16(recipe, cpu)

@@ -38,6 +38,8 @@ class RunRecipe:
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cpu"] = "auto"
     """auto = the GPU when there is one; cpu = leave the GPU alone."""
+    threads: int | None = None
+    """CPU threads of PyTorch in each process; null = PyTorch's choice. Small models run best on one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; the weights stay fp32. auto = bf16 on a GPU that has it, else fp32."""
     compile: bool = False
@@ -239,6 +241,7 @@ class Recipe:
 # (field, lowest, highest, is the lowest itself allowed); the highest is never allowed. None = unbounded.
 _RANGES = (
     ("run.seed", 0, 2**63, True),
+    ("run.threads", 1, None, True),
     ("data.tokenizer.vocab_size", 258, None, True),
     ("data.sequence_length", 2, None, True),
     ("data.shuffle_block", 1, None, True),

@@ -139,6 +139,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             f"distributed_type must be NO, MULTI_GPU or MULTI_CPU; got {accelerator.distributed_type.value}. "
             "Use a file of training/accelerate/."
         )
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
     if recipe.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
