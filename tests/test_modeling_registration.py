@@ -66,7 +66,7 @@ def test_a_folder_with_the_code_loads_without_the_package(tmp_path):
         "FoxForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
     )
     model.save_pretrained(tmp_path / "model")
-    # Registering marks the classes for the rest of a process, so it happens in one of its own, which has no fox_kernels.
+    # Registering marks the classes for the rest of a process: so in one of its own, which has no fox_kernels.
     command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "with-code")]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert sorted(file.name for file in (tmp_path / "with-code").glob("*.py")) == sorted(
