@@ -173,7 +173,7 @@ def test_gpu_kernels_read_strided_inputs_in_place(layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("tolerance", [None, -10.0])
 def test_gpu_forward_and_backward_replay_from_a_cuda_graph(tolerance):
-    """Nothing in the operator may look at a value on the host: a replay on new inputs gives what a fresh call gives."""
+    """Nothing may look at a value on the host: a replay on new inputs gives what a fresh call gives."""
     inputs = [x.requires_grad_() for x in attention_inputs(queries=300, dim=64, dtype=torch.bfloat16, device="cuda")]
 
     def step():
