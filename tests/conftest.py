@@ -1,6 +1,7 @@
 """Seeds, GPU selection, and memory that starts as NaN so that an output nobody wrote cannot pass for zeros."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ torch.set_num_threads(int(os.environ.get("FOX_TEST_THREADS", "1")))
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
-        # The first product on a thread of autograd would otherwise warn that there is no CUDA context yet.
-        torch.ones(1, 1, device="cuda", requires_grad=True).mm(torch.ones(1, 1, device="cuda")).sum().backward()
+        # The first product on autograd's thread warns that there is no CUDA context there yet: get it over with.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.ones(1, 1, device="cuda", requires_grad=True).mm(torch.ones(1, 1, device="cuda")).sum().backward()
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -49,7 +49,7 @@ def output_and_gradients(function, inputs, grad_out, **options):
 
 
 def save_tiny_llama(folder, *, vocab_size=258, max_position_embeddings=64):
-    """A random 2-layer Llama with the byte tokenizer, as `from_pretrained` loads it: a language model that is not ours."""
+    """A random 2-layer Llama with the byte tokenizer, as `from_pretrained` loads it: a model that is not ours."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fox_training.tokenizers import byte_tokenizer

@@ -118,6 +118,7 @@ def main():
         "--csv", default=ROOT / "kernels" / "benchmarks" / "results.csv", type=Path, help="rows are appended"
     )
     parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
+    parser.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench_forgetting_attention.py needs a CUDA device; none is visible.")
@@ -132,7 +133,8 @@ def main():
             sys.exit("The operator's tests failed: no times are taken of a wrong kernel.")
     common = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "commit": commit(), "tested": not options.skip_tests, "date": datetime.date.today().isoformat(),
+        "commit": options.commit or commit(), "tested": not options.skip_tests,
+        "date": datetime.date.today().isoformat(),
     }  # fmt: skip
     rows = [row for shape in shapes for row in bench(shape, common)]
     new = not options.csv.exists()

@@ -1,3 +1,3 @@
-"""Reinforcement-learning components on top of FoX. Empty in this release: the package reserves its place in the layering."""
+"""Reinforcement-learning components on top of FoX. Empty in this release: it only holds its place in the layers."""
 
 __all__: list[str] = []
