@@ -186,10 +186,13 @@ def test_packed_documents_with_a_cache_or_padding_are_refused():
 
 
 @pytest.mark.parametrize("backend", ["eager", *FOLDED])
-@pytest.mark.parametrize("rope", [False, True], ids=["no-rope", "rope"])
+# Keys of padding have zero values and only scale the output down, which the output norm would undo.
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rope": True}, {"use_output_norm": False}], ids=["pro", "rope", "no-norm"]
+)
 @pytest.mark.parametrize("padded", [slice(0, 9), slice(31, 40), slice(12, 21)], ids=["left", "right", "middle"])
-def test_padding_anywhere_changes_nothing(backend, rope, padded):
-    model, alone = tiny_fox(use_rope=rope), random_tokens(1, 31)
+def test_padding_anywhere_changes_nothing(backend, settings, padded):
+    model, alone = tiny_fox(**settings), random_tokens(1, 31)
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, padded] = 0
     tokens = random_tokens(2, 40, seed=5)
@@ -254,6 +257,21 @@ def test_logit_bound_covers_the_largest_score_there_can_be(dtype, settings):
             states[weight.abs().argmax()] = size
             lengths.append(float(torch.nn.functional.rms_norm(states, (16,), weight, 1e-5).double().norm()))
         assert 0.9 * float(bound[head]) < lengths[0] * lengths[1] * 16**-0.5 <= float(bound[head])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_logit_bound_covers_what_rounding_adds(dtype):
+    attention = tiny_fox(model_class=FoxModel).to(dtype).layers[0].self_attn
+    lengths = []
+    for norm, num_heads in ((attention.q_norm, 4), (attention.k_norm, 2)):
+        norm.weight.fill_(1.37)
+        # Two values a head: some pairs round up in every channel.
+        states = torch.rand(20_000, 1, num_heads, 2, dtype=torch.float64).repeat_interleave(8, dim=-1).to(dtype)
+        lengths.append(norm(states).double().norm(dim=-1).max())
+    largest = float(lengths[0] * lengths[1] * 16**-0.5)
+    without_margin = float(attention.q_norm.weight.max().double() ** 2 * 4)
+    assert without_margin < largest <= float(attention.logit_bound(4, dtype).min())
 
 
 def test_logit_bound_is_measured_without_qk_norm():

@@ -76,10 +76,11 @@ def test_decoding_equals_the_parallel_forward(variant, chunks, kind, backend):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding(backend, kind):
+@pytest.mark.parametrize("output_norm", [True, False])  # hides the weight that padding takes from the rest
+def test_a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding(output_norm, backend, kind):
     # Two turns; the second is padded on the left for sequence 0, so that its first token must look past the padding
     # for the token before it. Then two tokens are generated.
-    model = tiny_fox(attn_implementation=backend)
+    model = tiny_fox(attn_implementation=backend, use_output_norm=output_norm)
     tokens, mask = random_tokens(2, 22), torch.ones(2, 22, dtype=torch.int64)
     mask[0, 10:15] = 0
     mask[1, 8:10] = 0  # a first turn padded on the right
