@@ -73,8 +73,8 @@ def check_attn_implementation(name: str | None) -> None:
     """
     if name is not None and name not in FOX_BACKENDS:
         raise ValueError(
-            f"`attn_implementation` must be one of {FOX_BACKENDS}; got {name!r}. The others have no place for the "
-            "forget gates. 'sdpa' runs PyTorch's FlashAttention."
+            f'Specified `attn_implementation="{name}"` is not supported: it must be one of {FOX_BACKENDS}, as others '
+            "have no place for the forget gates. Use 'sdpa' for PyTorch's FlashAttention."
         )
     if name == "fox_acp" and forgetting_attention is None:
         raise ImportError(KERNELS_MISSING)
