@@ -61,6 +61,10 @@ class FoxConfig(PreTrainedConfig):
             Channels of a head. `None` means `hidden_size / num_attention_heads`.
         hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation of the gate branch of the MLP, a name in `transformers.activations.ACT2FN`.
+        hidden_dropout (`float`, *optional*, defaults to 0.0):
+            Probability, in [0, 1), with which a channel is set to 0 in training: of the embeddings, and of what
+            attention and MLP add to the residual stream. Attention weights are never dropped. The published models
+            use none.
         max_position_embeddings (`int`, *optional*, defaults to 16384):
             Context length in tokens that the model is meant for. FoX has no position table, so no output depends on
             it: tools read it as the length to evaluate or to truncate at.
@@ -159,6 +163,7 @@ class FoxConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
+    hidden_dropout: float | int = 0.0
     max_position_embeddings: int = 16384
     initializer_range: float | int = 0.02
     rms_norm_eps: float | int = 1e-6
@@ -271,6 +276,10 @@ class FoxConfig(PreTrainedConfig):
         for name in ("hidden_ratio", "rms_norm_eps", "qk_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a positive number; got {getattr(self, name)}.")
+        if not 0 <= self.hidden_dropout < 1:
+            raise ValueError(
+                f"`hidden_dropout` must be in [0, 1); got {self.hidden_dropout}: a fraction, no percentage."
+            )
         if not 0 <= self.initializer_range < math.inf:
             raise ValueError(f"`initializer_range` must be 0 or more; got {self.initializer_range}.")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:

@@ -334,6 +334,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         self.mlp = FoxMLP(config)
         self.input_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -348,8 +349,8 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 @auto_docstring
@@ -398,6 +399,7 @@ class FoxModel(FoxPreTrainedModel):
             [FoxDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.norm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.rotary_emb = None
         if config.use_rope:  # CODEPATH: no published FoX; Transformer (Pro), the paper's baseline
             self.rotary_emb = FoxRotaryEmbedding(config)
@@ -444,7 +446,7 @@ class FoxModel(FoxPreTrainedModel):
                 position_ids = (torch.arange(num_tokens, device=inputs_embeds.device) + num_seen)[None]
             position_embeddings = self.rotary_emb(position_ids)
 
-        hidden_states = inputs_embeds
+        hidden_states = self.dropout(inputs_embeds)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,

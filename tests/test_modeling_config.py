@@ -40,6 +40,7 @@ CHANGES_LOGITS = {
 }
 # field: test of what it does instead
 TESTED_BELOW = {
+    "hidden_dropout",
     "max_position_embeddings",
     "use_cache",
     "bos_token_id",
@@ -78,6 +79,18 @@ def test_each_gate_type_starts_at_the_decay_times(fgate_type):
 
 def test_gates_start_at_one_half_without_decay_times():
     assert torch.equal(tiny_fox().model.layers[0].self_attn.fgate_proj.bias, torch.zeros(4))
+
+
+def test_hidden_dropout_acts_in_training_only():
+    plain, dropping, tokens = tiny_fox(), tiny_fox(hidden_dropout=0.25), random_tokens(2, 300)
+    assert torch.equal(plain(tokens).logits, dropping(tokens).logits)
+    assert torch.equal(plain.train()(tokens).logits, plain.eval()(tokens).logits)
+    dropped = []
+    for module in (dropping.model, *dropping.model.layers):
+        module.dropout.register_forward_hook(lambda module, args, out: dropped.append((out == 0).float().mean()))
+    dropping.train()(tokens, use_cache=False)
+    # Embeddings, then attention and MLP of each layer: a quarter of each, within five standard deviations.
+    torch.testing.assert_close(torch.stack(dropped), torch.full((5,), 0.25), rtol=0, atol=0.012)
 
 
 def test_output_does_not_depend_on_max_position_embeddings():
@@ -170,6 +183,8 @@ def test_saved_config_loads_as_it_was(tmp_path):
         ({"hidden_size": 70, "num_attention_heads": 4}, "`hidden_size` must be a multiple .* got 70. Set `head_dim`"),
         ({"num_key_value_heads": 5}, r"`num_key_value_heads` must divide `num_attention_heads` \(12\); got 5"),
         ({"head_dim": 15, "use_rope": True}, "`head_dim` must be even with `use_rope`; got 15"),
+        ({"hidden_dropout": 1.0}, r"`hidden_dropout` must be in \[0, 1\); got 1.0: a fraction, no percentage"),
+        ({"hidden_dropout": float("nan")}, "`hidden_dropout` must be in"),
         ({"hidden_ratio": float("nan")}, "`hidden_ratio` must be a positive number; got nan"),
         ({"rms_norm_eps": 0.0}, "`rms_norm_eps` must be a positive number; got 0.0"),
         ({"qk_norm_eps": float("inf")}, "`qk_norm_eps` must be a positive number; got inf"),
