@@ -65,7 +65,7 @@ def test_interpreted_kernels_match_the_definition(shape, dtype, poisoned_memory)
     inputs = attention_inputs(**shape, dtype=dtype)
     key_start = torch.tensor([0, 7])
     inputs[3][1:, :, 30] = -math.inf
-    grad_out = torch.randn(inputs[0].shape)
+    grad_out = torch.randn(inputs[0].shape).to(dtype)
     doubles = [x.double() for x in inputs]
     exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), key_start=key_start)
     same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, key_start=key_start)
@@ -116,7 +116,8 @@ def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_me
         device="cuda",
     )
     key_start = torch.tensor([0, keys // 3], device="cuda")
-    grad_out = torch.randn(inputs[0].shape, device="cuda")
+    # Rounded before it is given to all three: it is an input, and its rounding nobody's error.
+    grad_out = torch.randn(inputs[0].shape, device="cuda").to(dtype)
     doubles = [x.double() for x in inputs]
     exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), key_start=key_start)
     same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, key_start=key_start)
@@ -132,7 +133,7 @@ def test_gpu_and_cpu_prune_alike(gate_logits, dtype, poisoned_memory):
     inputs = attention_inputs(
         queries=1500, keys=2048, heads=4, kv_heads=2, dim=64, gate_logits=gate_logits, dtype=dtype
     )
-    grad_out = torch.randn(inputs[0].shape)
+    grad_out = torch.randn(inputs[0].shape).to(dtype)
     options = dict(log_pruning_tolerance=-10.0, key_start=torch.tensor([0, 700]))
     expected = output_and_gradients(forgetting_attention, [x.float() for x in inputs], grad_out, **options)
     options["key_start"] = options["key_start"].cuda()

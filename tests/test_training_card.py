@@ -106,6 +106,24 @@ def test_figures_of_the_text_follow_the_files(run):
     assert "`0123abcd`" in text
 
 
+@pytest.mark.parametrize(("export", "step", "figure"), [("best", 10, "1.1111"), ("last", 30, "3.3333")])
+def test_the_validation_is_that_of_the_exported_weights(run, export, step, figure):
+    """Training that overfits: the last evaluation belongs to weights that the run threw away."""
+    shutil.rmtree(run / "evaluation")
+    rows = [
+        {"step": 10, "eval_loss": 0.77, "eval_bits_per_byte": 1.1111},
+        {"step": 30, "eval_loss": 2.31, "eval_bits_per_byte": 3.3333},
+    ]
+    kept = [row for row in ROWS if "eval_loss" not in row]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept + rows)), encoding="utf-8")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["checkpoint"]["export"] = export
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    text = card.write_card(run).read_text(encoding="utf-8").split("```yaml")[0]
+    assert f"those of step {step}" in text and f"{figure} bits per byte" in text
+    assert ("the best of the run" in text) == (export == "best")
+
+
 def test_no_field_of_the_template_is_left_empty(run):
     text = card.write_card(run).read_text(encoding="utf-8")
     body = text.split("```yaml")[0].split("---\n", 2)[2] + text.split("</details>")[1]

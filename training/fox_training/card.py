@@ -161,7 +161,7 @@ def render(facts: dict[str, Any], figures: dict[str, str], *, title: str, licens
         # An example that runs for any model: the text the recipe was trained on is not known here.
         prompt=json.dumps("The "),
         figures=figures,
-        last_validation=facts["validation"][-1] if facts["validation"] else None,
+        validated=exported_validation(facts),
         epochs=last["tokens"] / data["train"]["tokens"] if "train" in data else None,
         training_time=_duration(last["train_seconds"]),
         data_description=dataset_name(facts["recipe"]),
@@ -177,6 +177,16 @@ def render(facts: dict[str, Any], figures: dict[str, str], *, title: str, licens
     lines = str(card).splitlines()
     kept = [line.rstrip() for i, line in enumerate(lines) if line.strip() or (i and lines[i - 1].strip())]
     return "\n".join(kept) + "\n"
+
+
+def exported_validation(facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of metrics.jsonl that belongs to the weights in OUT/model: the best or the last; None without any."""
+    rows = facts["validation"]
+    if not rows:
+        return None
+    if facts["recipe"]["checkpoint"]["export"] == "best":
+        return min(rows, key=lambda row: row["eval_loss"])
+    return rows[-1]
 
 
 def dataset_name(recipe: dict[str, Any]) -> str:
