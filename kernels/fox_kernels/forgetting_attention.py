@@ -197,7 +197,7 @@ def _forgetting_attention(
     threshold: torch.Tensor | None,
     key_start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return o, then for the backward pass lse (B, H, T) (GPU: bits, CPU: nats), running_bits and first_key."""
+    """Return o, then for the backward pass lse (B, H, T) in bits, running_bits and first_key."""
     running_bits = running_sum_bits(log_fgate)
     first_key = first_visible_key(log_fgate, key_start, q.shape[2])
     if threshold is not None:
