@@ -49,6 +49,9 @@ KERNELS_MISSING = (
     "`pip install 'fox-transformers[kernels]'`, or use 'sdpa', which computes the same without pruning."
 )
 
+# Decoding: against this many keys one row of scores is cheaper than to find out which of them to skip.
+ONE_QUERY_KEYS = 4096
+
 # Products in fp16 must stay below 65504. A factor of 1024 on the query side lets the first channel of a key stand
 # for decays up to 8e6 nats; the two channels after it hold what rounding to 11 bits left over.
 FP16_FACTOR = 1024.0
@@ -269,6 +272,13 @@ def fox_acp_attention_forward(
         key, value, log_fgate = key[:, :, :num_keys], value[:, :, :num_keys], log_fgate[..., :num_keys]
     if document_starts is not None:
         log_fgate = log_fgate.masked_fill(document_starts[:, None, :], float("-inf"))
+    if query.shape[2] == 1 and key.shape[2] <= ONE_QUERY_KEYS and sink is None:
+        visible = None
+        if attention_mask is not None:
+            position = torch.arange(key.shape[2], device=key.device)
+            visible = torch.where(position >= attention_mask[:, None], 0.0, torch.finfo(query.dtype).min / 2)
+            visible = visible.to(query.dtype)[:, None, None]
+        return attend_one_query(query, key, value, visible, scaling, log_fgate), None
     tolerance = module.config.log_pruning_tolerance
     out = forgetting_attention(
         query,
