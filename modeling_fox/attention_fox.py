@@ -97,14 +97,26 @@ def repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def running_sum(log_fgate: torch.Tensor, document_starts: torch.Tensor | None) -> torch.Tensor:
-    """Sum of the gates up to each token, `(B, H, S)` fp32 nats, from the start of its document if it has one."""
+    """Sum of the gates up to each token, `(B, H, S)` fp64 nats, from the start of its document if it has one.
+
+    In fp32, all that Apple's GPUs have, the sums are wrong by 2^-24 of themselves, and every difference of them too.
+    """
+    wide = torch.float32 if log_fgate.device.type == "mps" else torch.float64
+    running = log_fgate.to(wide).cumsum(dim=-1)
     if document_starts is None:
-        return log_fgate.cumsum(dim=-1)
-    # In fp64, so that what is subtracted leaves no rounding behind and no document depends on those before it.
-    running = log_fgate.double().cumsum(dim=-1)
+        return running
     position = torch.arange(document_starts.shape[-1], device=document_starts.device)
     start = (position * document_starts).cummax(dim=-1).values[:, None].expand_as(running)
-    return (running - running.gather(-1, start)).float()
+    return running - running.gather(-1, start)
+
+
+def split_in_two(running: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low fp32 part of a tensor; its gradient flows through the low one.
+
+    `(high_i - high_j) + (low_i - low_j)` is right to 2^-24 of the difference.
+    """
+    high = running.detach().float()
+    return high, (running - high.to(running.dtype)).float()
 
 
 def eager_attention_forward(
@@ -113,9 +125,9 @@ def eager_attention_forward(
     """The definition, with the whole score matrix in memory. Weights: `(B, H, T, S)`, dtype of `query`."""
     num_heads, num_queries = query.shape[1:3]
     key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
-    running = running_sum(log_fgate, document_starts)
+    high, low = split_in_two(running_sum(log_fgate, document_starts))
     # In a static cache the last positions are not the queries; c_i is then off by the same amount for every key.
-    decay = running[..., -num_queries:, None] - running[..., None, :]
+    decay = (high[..., -num_queries:, None] - high[..., None, :]) + (low[..., -num_queries:, None] - low[..., None, :])
     # Future keys are masked below; their "decay" is positive and could overflow.
     scores = (query @ key.transpose(-1, -2)).float() * scaling + decay.clamp(max=0.0)
     if attention_mask is not None:
@@ -125,20 +137,18 @@ def eager_attention_forward(
 
 
 def decay_channels(running: torch.Tensor, scaling: float, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-    """Channels to append to the keys so that a dot product with `(factor, 1, ..., 1)`, times `scaling`, gives `-c_j`.
+    """Channels to append to 16-bit keys so that a dot product with `(factor, 1, 1)`, times `scaling`, gives `-c_j`.
 
-    fp32 takes one channel, wrong by at most `2^-24 |c_j|`. bf16 and fp16 take three that add up to as many bits: with
-    fewer the decay itself would be wrong by whole nats after some hundred tokens.
+    Three of them add up to the bits of fp32: with fewer the decay itself would be wrong by whole nats after some
+    hundred tokens.
 
     Args:
-        running: c, `(B, H, S)` fp32 nats.
+        running: c, `(B, H, S)` fp64 nats.
 
     Returns:
-        `(B, H, S, 1 or 3)` of `dtype`, and the factor that the query needs in the first of them.
+        `(B, H, S, 3)` of `dtype`, and the factor that the query needs in the first of them.
     """
-    offset = running / -scaling
-    if dtype not in (torch.bfloat16, torch.float16):
-        return offset.to(dtype).unsqueeze(-1), 1.0
+    offset = running.float() / -scaling
     factor = FP16_FACTOR if dtype == torch.float16 else 1.0
     high = (offset / factor).to(dtype)
     # What is left over is found without gradient: it flows through `high`, whose gradient is that of the whole sum.
@@ -149,25 +159,44 @@ def decay_channels(running: torch.Tensor, scaling: float, dtype: torch.dtype) ->
     return torch.stack((high, middle, low), dim=-1), factor
 
 
+def fold_decay_fp32(query, key, running, scaling):
+    """Return q' and k' whose product, times `scaling`, is the score of forgetting attention, for fp32.
+
+    `c_i - c_j` comes first, as `(high_i, 1, low_i, 1) . (1, -high_j, 1, -low_j)`: a product adds its channels up in
+    order, so the large sums cancel before anything small is added to them.
+    """
+    num_queries, groups = query.shape[2], query.shape[1] // key.shape[1]
+    high, low = split_in_two(running / scaling)
+    one = high.new_ones(()).expand_as(high)
+    # The query's own sum is the same for all keys: it only keeps the numbers small, and has no gradient.
+    rows = torch.stack((high, one, low.detach(), one), dim=-1)[:, :, -num_queries:]
+    keys = torch.stack((one, -high, one, -low), dim=-1)
+    key = repeat_heads(key, query.shape[1]) if groups > 1 else key
+    return torch.cat((rows, query), dim=-1), torch.cat((keys, key), dim=-1)
+
+
 def fold_decay(query, key, value, running, scaling):
     """Return q', k', v' such that ordinary attention of them, cut back to D channels, is forgetting attention."""
     num_heads, head_dim = query.shape[1], query.shape[-1]
-    channels, factor = decay_channels(running, scaling, query.dtype)
-    num_channels = channels.shape[-1]
     # GPU kernels want rows of 16 bytes.
     multiple = 16 // query.element_size() if query.is_cuda else 1
-    num_zeros = -(head_dim + num_channels) % multiple
-    row = query.new_ones(())
-    parts = [query, (row * factor).expand(*query.shape[:-1], 1)]
-    if num_channels > 1:
-        parts.append(row.expand(*query.shape[:-1], num_channels - 1))
-    keys = [repeat_heads(key, num_heads), channels]
-    if num_zeros:
-        parts.append(row.new_zeros(()).expand(*query.shape[:-1], num_zeros))
-        keys.append(row.new_zeros(()).expand(*channels.shape[:-1], num_zeros))
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        query, key = fold_decay_fp32(query, key, running, scaling)
+        num_zeros = -query.shape[-1] % multiple
+        query, key = (F.pad(x, (0, num_zeros)) if num_zeros else x for x in (query, key))
+    else:
+        channels, factor = decay_channels(running, scaling, query.dtype)
+        num_zeros = -(head_dim + channels.shape[-1]) % multiple
+        row = query.new_ones(())
+        parts = [query, (row * factor).expand(*query.shape[:-1], 1), row.expand(*query.shape[:-1], 2)]
+        keys = [repeat_heads(key, num_heads), channels]
+        if num_zeros:
+            parts.append(row.new_zeros(()).expand(*query.shape[:-1], num_zeros))
+            keys.append(row.new_zeros(()).expand(*channels.shape[:-1], num_zeros))
+        query, key = torch.cat(parts, dim=-1), torch.cat(keys, dim=-1)
     # Equal widths throughout: PyTorch's flash kernels take no other.
-    value = F.pad(repeat_heads(value, num_heads), (0, num_channels + num_zeros))
-    return torch.cat(parts, dim=-1), torch.cat(keys, dim=-1), value
+    value = F.pad(repeat_heads(value, num_heads), (0, query.shape[-1] - head_dim))
+    return query, key, value
 
 
 def attend_one_query(query, key, value, attention_mask, scaling, log_fgate):
@@ -217,13 +246,14 @@ def flex_attention_forward(
     # FlexAttention shares keys between a power of two of heads only.
     if groups & (groups - 1):
         key, value = repeat_heads(key, num_heads), repeat_heads(value, num_heads)
-    running = running_sum(log_fgate, document_starts)
+    high, low = split_in_two(running_sum(log_fgate, document_starts))
     # Two tensors, as FlexAttention cannot differentiate one that is indexed twice. The gradient of the queries' part
     # is zero anyway: it adds the same amount to every score of a row.
-    query_sum = running.detach()[..., -num_queries:].contiguous()
+    query_high, query_low = (x.detach()[..., -num_queries:].contiguous() for x in (high, low))
 
     def add_decay(score, batch, head, query_idx, key_idx):
-        return score + (query_sum[batch, head, query_idx] - running[batch, head, key_idx])
+        far = query_high[batch, head, query_idx] - high[batch, head, key_idx]
+        return score + (far + (query_low[batch, head, query_idx] - low[batch, head, key_idx]))
 
     out = compile_friendly_flex_attention(
         query,
