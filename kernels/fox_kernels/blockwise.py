@@ -33,8 +33,9 @@ class _Block:
     keys: slice
     heads: slice | torch.Tensor  # of the B * K
     bias: torch.Tensor  # (N, G, R, W): lam_i - lam_j, bits; the scores are accumulated onto it
-    hidden: torch.Tensor | None  # (N, G, R, W) or (R, W) bool, True where the pair is not in the sum
-    diagonal: slice  # the columns in which `hidden` has to be looked at when it holds only causality
+    left: int  # columns before the diagonal
+    future: torch.Tensor  # (R, W - left) bool: key after query
+    past: torch.Tensor | None  # (N, G, R, columns) bool: key before the query's first, in the first columns
 
 
 def _decay(running: torch.Tensor, rows: int, left: int, dtype: torch.dtype) -> torch.Tensor:
@@ -74,27 +75,23 @@ def _blocks(
         # itself.
         lowest = first[:, :, start].amin(dim=1).clamp_(max=start + offset)  # (B * K,)
         step = max(64, -(-end // (64 * _MAX_GROUPS)) * 64)
-        bucket = lowest.div(step, rounding_mode="floor")
-        uniform = bool((first[:, :, start:stop] == first[:, :, start : start + 1]).all())
+        bucket = lowest.div(step, rounding_mode="floor") if len(lowest.unique()) > 2 * _MAX_GROUPS else lowest
         query = torch.arange(start + offset, end)
         for value in bucket.unique().tolist():
             members = (bucket == value).nonzero().flatten()
             low = int(lowest[members].min())
             left = max(start + offset - low, 0)
             key = torch.arange(low, end)
+            future = key[left:] > query[:, None]
             for heads in members.split(max(1, _MAX_SCORES // (groups * (stop - start) * (end - low)))):
                 first_head, last_head = int(heads[0]), int(heads[-1])
                 if last_head - first_head == len(heads) - 1:
                     heads = slice(first_head, last_head + 1)  # a view instead of a copy
                 mine = first[heads, :, start:stop]
-                if uniform and bool((mine <= low).all()):
-                    diagonal = slice(left, end - low)
-                    hidden = key[diagonal] > query[:, None]
-                else:
-                    diagonal = slice(0, end - low)
-                    hidden = (key > query[:, None]) | (key < mine[..., None])
+                columns = int(mine.max()) - low
+                past = key[:columns] < mine[..., None] if columns > 0 else None
                 bias = _decay(running[heads, :, low:end], stop - start, left, dtype)
-                yield _Block(slice(start, stop), slice(low, end), heads, bias, hidden, diagonal)
+                yield _Block(slice(start, stop), slice(low, end), heads, bias, left, future, past)
 
 
 def _take(x: torch.Tensor, block: _Block, part: slice) -> torch.Tensor:
@@ -109,7 +106,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, block: _Block, scale: float) -> to
     scores.view(heads, groups * rows, -1).baddbmm_(
         q.reshape(heads, groups * rows, dim), k.transpose(1, 2), alpha=scale * LOG2_E
     )
-    scores[..., block.diagonal].masked_fill_(block.hidden, float("-inf"))
+    scores[..., block.left :].masked_fill_(block.future, float("-inf"))
+    if block.past is not None:
+        scores[..., : block.past.shape[-1]].masked_fill_(block.past, float("-inf"))
     return scores
 
 
