@@ -42,7 +42,7 @@ def test_float32_logits_are_those_of_eager(backend, length):
 
 
 def test_float32_sdpa_loses_digits_with_length():
-    """PyTorch's float32 kernels for GPUs multiply in three tf32 parts, 21 bits: 2.4e-4 off at 300 tokens on an H100."""
+    """PyTorch multiplies float32 in three tf32 parts on a GPU, 21 bits: 2.4e-4 off at 300 tokens on an H100."""
     tokens = random_tokens(2, 300).cuda()
     torch.testing.assert_close(logits(gpu_fox("sdpa"), tokens), logits(gpu_fox("eager"), tokens), atol=1e-3, rtol=0)
 
