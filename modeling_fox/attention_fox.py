@@ -49,8 +49,8 @@ KERNELS_MISSING = (
     "`pip install 'fox-transformers[kernels]'`, or use 'sdpa', which computes the same without pruning."
 )
 
-# Decoding: up to this many keys one token takes a plain row of scores and prunes nothing. Generating 200 tokens with six
-# layers on an H100 went from 19 to 54 tokens/s, much of it for kernels that need not be compiled.
+# Decoding: up to this many keys one token takes a plain row of scores and prunes nothing. Generating 200 tokens with
+# six layers on an H100 went from 19 to 54 tokens/s, much of it for kernels that need not be compiled.
 ONE_QUERY_KEYS = 4096
 
 # Products in fp16 must stay below 65504. A factor of 1024 on the query side lets the first channel of a key stand
