@@ -31,7 +31,7 @@ style: $(VENV)/installed
 	$(RUN) mlinter modeling_fox
 
 test-triton: $(VENV)/installed
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q -m interpret tests/test_kernels_triton.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q -m interpret tests
 
 compile-ahead: $(VENV)/installed
 	OMP_NUM_THREADS=1 FOX_COMPILE_AHEAD=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q tests/test_kernels_compile.py

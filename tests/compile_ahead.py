@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fox_kernels import triton_backward, triton_forward
+from fox_kernels.gates import gate_sums
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,10 +62,10 @@ def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, k
             setattr(module, kernel, recorders[name])
         q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
         k = torch.empty(1, kv_heads, keys, head_dim, dtype=dtype)
-        running = torch.empty(2, 1, heads, keys)
+        sums = gate_sums(torch.zeros(1, heads, keys))
         first = torch.zeros(1, heads, queries, dtype=torch.int32)
-        out, lse = triton_forward.forward(q, k, k, running, first, 1.0)
-        triton_backward.backward(out, q, k, k, out, lse, running, first, 1.0)
+        out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
+        triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)
     finally:
         triton_forward.architecture, triton_backward.architecture = architectures
         for name, (module, kernel) in names.items():

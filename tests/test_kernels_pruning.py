@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from fox_kernels import blockwise, forgetting_attention, forgetting_attention_reference
-from fox_kernels.gates import (
+from fox_kernels.gates import first_visible_key, gate_sums
+from fox_kernels.pruning import (
     PRUNING_BLOCK_S,
     PRUNING_BLOCK_T,
     first_kept_key,
-    first_visible_key,
     measured_logit_bound,
     pruning_threshold,
-    running_sum_bits,
 )
 from helpers import assert_as_accurate_as_torch, attention_inputs, output_and_gradients
 
@@ -23,7 +22,7 @@ def kept_keys(q, k, log_fgate, log_tolerance, logit_bound=None, key_start=None):
     scale = q.shape[-1] ** -0.5
     bound = measured_logit_bound(q, k, scale, key_start) if logit_bound is None else logit_bound
     visible = first_visible_key(log_fgate, key_start, q.shape[2])
-    return first_kept_key(running_sum_bits(log_fgate), visible, pruning_threshold(bound, k.shape[2], log_tolerance))
+    return first_kept_key(gate_sums(log_fgate), visible, pruning_threshold(bound, k.shape[2], log_tolerance))
 
 
 def lost_mass(q, k, log_fgate, first_key):

@@ -1,7 +1,7 @@
 """Attention kernels of the Forgetting Transformer; needs torch, and Triton on a GPU."""
 
 from .forgetting_attention import forgetting_attention
-from .gates import PruningStats
+from .pruning import PruningStats
 from .reference import forgetting_attention_reference
 
 __all__ = ["PruningStats", "forgetting_attention", "forgetting_attention_reference"]

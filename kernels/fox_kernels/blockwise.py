@@ -12,17 +12,17 @@ Decay:    lam_i - lam_j is taken in full on the diagonal; left of it it is split
           number per row and one per key, both <= 0, so that nothing large cancels.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from .gates import LOG2_E, GateSums
+
 BLOCK_T = 128  # queries in a block; 256 from T = 8192 on, where fewer Python steps outweigh the larger diagonal
 _MAX_GROUPS = 8  # more groups skip more keys, fewer mean larger products
 _MAX_SCORES = 1 << 21  # scores in memory at a time; 2**18 is slower by a third, 2**28 by nothing
 _NEGLIGIBLE = 1e-26  # of a row's largest weight; float32 resolves 6e-8
-LOG2_E = 1.0 / math.log(2.0)
 
 
 @dataclass
@@ -57,15 +57,12 @@ def _decay(running: torch.Tensor, rows: int, left: int, dtype: torch.dtype) -> t
     return decay
 
 
-def _blocks(
-    running_bits: torch.Tensor, first_key: torch.Tensor, num_kv_heads: int, dtype: torch.dtype
-) -> Iterator[_Block]:
+def _blocks(sums: GateSums, first_key: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> Iterator[_Block]:
     batch, num_heads, num_queries = first_key.shape
-    num_keys = running_bits.shape[-1]
+    num_keys = sums.within.shape[-1]
     offset = num_keys - num_queries
     groups = num_heads // num_kv_heads
-    running = running_bits[0].double() + running_bits[1].double()
-    running = running.view(batch * num_kv_heads, groups, num_keys)
+    running = sums.running().view(batch * num_kv_heads, groups, num_keys)
     first = first_key.view(batch * num_kv_heads, groups, num_queries)
     size = BLOCK_T if num_queries < 8192 else 2 * BLOCK_T
     for start in range(0, num_queries, size):
@@ -131,7 +128,7 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    running_bits: torch.Tensor,
+    sums: GateSums,
     first_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +142,7 @@ def forward(
     out = torch.zeros(qs.shape, dtype=work)
     # +inf: p = exp(score - lse) = 0 in the backward pass for a row that saw nothing.
     lse = torch.full(qs.shape[:-1], float("inf"), dtype=work)
-    for block in _blocks(running_bits, first_key, num_kv_heads, work):
+    for block in _blocks(sums, first_key, num_kv_heads, work):
         scores = _scores(_take(qs, block, block.rows).to(work), _take(ks, block, block.keys).to(work), block, scale)
         # A row without a visible key has only -inf: keep its exponent finite, its sum is then 0.
         row_max = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).min)
@@ -167,14 +164,14 @@ def backward(
     k: torch.Tensor,
     v: torch.Tensor,
     lse: torch.Tensor,
-    running_bits: torch.Tensor,
+    sums: GateSums,
     first_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return `dq`, `dk`, `dv` in their dtypes, and the gradient of the running sum `dlam (B, H, S)` float32.
+    """Return `dq`, `dk`, `dv` in their dtypes, and the sums of dS over the queries, `(B, H, S)` float32.
 
     With dP = dO v^T and dS = p * (dP - rowsum(p * dP)):  dq = scale dS k,  dk = scale dS^T q,  dv = p^T dO,
-    dlam_j = -sum_i dS_ij; the row sums of dS, the other half of dlam, are 0.
+    dlam_j = -sum_i dS_ij; the row sums of dS, the other half of the gradient of lam, are 0.
     """
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
@@ -186,8 +183,8 @@ def backward(
     row_lse = lse.reshape(flat_q[:-1]).unsqueeze(-1)
     dq = torch.zeros(flat_q, dtype=work)
     dk, dv = torch.zeros(ks.shape, dtype=work), torch.zeros(ks.shape, dtype=work)
-    dlam = torch.zeros(batch * num_kv_heads, groups, num_keys, dtype=work)
-    for block in _blocks(running_bits, first_key, num_kv_heads, work):
+    column_sum = torch.zeros(batch * num_kv_heads, groups, num_keys, dtype=work)
+    for block in _blocks(sums, first_key, num_kv_heads, work):
         q_rows, grad_rows = (_take(x, block, block.rows).to(work) for x in (qs, grads))
         k_cols, v_cols = (_take(x, block, block.keys).to(work) for x in (ks, vs))
         heads, _, rows, _ = q_rows.shape
@@ -202,7 +199,7 @@ def backward(
         dq[block.heads, :, block.rows] = d_q
         dk[block.heads, block.keys] += d_k
         dv[block.heads, block.keys] += d_v
-        dlam[block.heads, :, block.keys] -= d_scores.view(weights.shape).sum(dim=-2)
+        column_sum[block.heads, :, block.keys] += d_scores.view(weights.shape).sum(dim=-2)
     d_q = torch.empty_like(q).copy_(dq.view(q.shape))
     d_k, d_v = (torch.empty_like(x).copy_(y.view(x.shape)) for x, y in ((k, dk), (v, dv)))
-    return d_q, d_k, d_v, dlam.view(batch, num_heads, num_keys)
+    return d_q, d_k, d_v, column_sum.view(batch, num_heads, num_keys)

@@ -7,16 +7,14 @@ Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim;
 import torch
 
 from . import blockwise
-from .gates import (
+from .gates import GATE_BLOCK, GateSums, first_visible_key, gate_gradient, prepare
+from .pruning import (
     PRUNING_RULES,
     PruningStats,
     first_kept_key,
-    first_visible_key,
     measured_logit_bound,
     pruning_stats,
     pruning_threshold,
-    running_sum_bits,
-    split_resets,
 )
 
 try:
@@ -92,12 +90,12 @@ def forgetting_attention(
                 bound = measured_logit_bound(q, k, scale, key_start)
             bound = bound.to(q.device).expand(q.shape[:2])
             threshold = pruning_threshold(bound, k.shape[2], log_pruning_tolerance)
-    out, _, running_bits, first_key = _forgetting_attention(q, k, v, log_fgate, scale, threshold, key_start)
+    out, _, *sums, first_key = _forgetting_attention(q, k, v, log_fgate, scale, threshold, key_start)
     if not return_stats:
         return out
     with torch.no_grad():
         visible = first_visible_key(log_fgate, key_start, q.shape[2])
-        return out, pruning_stats(running_bits, visible, first_key, bound)
+        return out, pruning_stats(GateSums(*sums), visible, first_key, bound)
 
 
 def _check_tensors(q, k, v, log_fgate, key_start):
@@ -196,29 +194,30 @@ def _forgetting_attention(
     scale: float,
     threshold: torch.Tensor | None,
     key_start: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return o, then for the backward pass lse (B, H, T) in bits, running_bits and first_key."""
-    running_bits = running_sum_bits(log_fgate)
-    first_key = first_visible_key(log_fgate, key_start, q.shape[2])
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
+    sums, first_key = prepare(log_fgate, key_start, q.shape[2])
     if threshold is not None:
-        first_key = first_kept_key(running_bits, first_key, threshold)
+        first_key = first_kept_key(sums, first_key, threshold)
     if q.device.type == "cpu":
         # Autocast reaches into a custom op and would round the scores.
         with torch.autocast("cpu", enabled=False):
-            out, lse = blockwise.forward(q, k, v, running_bits, first_key, scale)
+            out, lse = blockwise.forward(q, k, v, sums, first_key, scale)
     else:
         _require_triton()
-        out, lse = triton_forward.forward(q, k, v, running_bits, first_key, scale)
-    return out, lse, running_bits, first_key
+        out, lse = triton_forward.forward(q, k, v, sums, first_key, scale)
+    return out, lse, *sums, first_key
 
 
 @_forgetting_attention.register_fake
 def _(q, k, v, log_fgate, scale, threshold, key_start):
     rows = q.shape[:-1]
+    num_blocks = -(-log_fgate.shape[-1] // GATE_BLOCK)
     return (
         torch.empty_like(q),
         q.new_empty(rows, dtype=torch.float32),
         q.new_empty((2, *log_fgate.shape), dtype=torch.float32),
+        q.new_empty((2, *log_fgate.shape[:-1], num_blocks), dtype=torch.float32),
         q.new_empty(rows, dtype=torch.int32),
     )
 
@@ -232,25 +231,24 @@ def _forgetting_attention_backward(
     log_fgate: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    running_bits: torch.Tensor,
+    within: torch.Tensor,
+    starts: torch.Tensor,
     first_key: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums = GateSums(within, starts)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     if q.device.type == "cpu":
-        dq, dk, dv, dlam = blockwise.backward(grad_out, q, k, v, lse, running_bits, first_key, scale)
+        dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
+        row_sum = None
     else:
-        dq, dk, dv, dlam = triton_backward.backward(grad_out, q, k, v, out, lse, running_bits, first_key, scale)
-    # A gate at t is part of the running sum from t on. Summed in float64: total minus prefix would cancel at great
-    # length.
-    dgate = dlam.double().flip(-1).cumsum(-1).flip(-1).float()
-    _, closed = split_resets(log_fgate)
-    return dq, dk, dv, dgate.masked_fill_(closed, 0.0)
+        dq, dk, dv, column_sum, row_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
+    return dq, dk, dv, gate_gradient(column_sum, row_sum, log_fgate)
 
 
 @_forgetting_attention_backward.register_fake
-def _(grad_out, q, k, v, log_fgate, out, lse, running_bits, first_key, scale):
+def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, scale):
     return (
         torch.empty_like(q),
         torch.empty_like(k),

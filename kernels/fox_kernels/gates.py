@@ -1,11 +1,12 @@
-"""What the gates decide before any score is computed: running sums, visible keys, and which blocks pruning drops.
+"""What the gates decide before any score is computed: their running sums, and which keys a query may see at all.
 
-Letters:  B batch, H query heads, T queries, S keys; the queries are the last T of the S positions.
+Letters:  B batch, H query heads, T queries, S keys, N blocks of 128 keys; the queries are the last T of the S
+    positions.
 Units:    nats, unless a name ends in `_bits`.
 
 One integer per query, `first_key (B, H, T)`, carries everything that hides a prefix of the keys: padding, closed
-gates and pruning. It never decreases along T, so every kernel loops over `[first_key, query]` and forward and
-backward use the same set of pairs whatever their tile sizes are.
+gates and (pruning.py) what has decayed away. It never decreases along T, so every kernel loops over
+`[first_key, query]` and forward and backward use the same set of pairs whatever their tile sizes are.
 """
 
 import math
@@ -13,27 +14,39 @@ from typing import NamedTuple
 
 import torch
 
+try:
+    from . import triton_gates
+except ImportError:  # no Triton: forgetting_attention.py gives the reason when a CUDA tensor comes
+    triton_gates = None
+
 # exp(-1e4) is 0 in every floating format: at or below it a gate counts as closed, and stays out of the running sums.
 CLOSED_GATE = -1e4
 
-# Pruning decides on blocks of this many queries by this many keys, on every device, so that results do not depend on
-# the tile sizes of a GPU.
-PRUNING_BLOCK_T = 128
-PRUNING_BLOCK_S = 64
+# Running sums start anew every so many keys, and tiles of keys divide it.
+GATE_BLOCK = 128
 
-PRUNING_RULES = ("paper",)
+LOG2_E = 1.0 / math.log(2.0)
 
 
-class PruningStats(NamedTuple):
-    """What adaptive computation pruning did in one call.
+class GateSums(NamedTuple):
+    """Running sums of the gates in bits, `lam_j = starts[j // 128] + within[j]`, each as a high and a low float32.
+
+    One float32 cannot hold lam: after 131072 tokens at 0.7 nats each it is 9e4 and its last bit 8e-3, an error that
+    every query sharing the key sees alike. The difference of two pairs is right to about 1e-7 of itself, and within
+    a block the high part alone is right to 1e-7 of the block's decay. Later tokens change no earlier entry.
 
     Attributes:
-        pruned_fraction: `(H,)` float32. Share of the visible (query, key) pairs of a head that were skipped.
-        lost_mass_bound: `(H,)` float32. No row of the head lost more attention mass than this to skipping.
+        within: `(2, B, H, S)` float32, bits: sum of the gates from the start of the key's block up to the key, `<= 0`.
+        starts: `(2, B, H, N)` float32, bits: sum of all gates before the block.
     """
 
-    pruned_fraction: torch.Tensor
-    lost_mass_bound: torch.Tensor
+    within: torch.Tensor
+    starts: torch.Tensor
+
+    def running(self) -> torch.Tensor:
+        """lam, `(B, H, S)` float64, bits."""
+        within, starts = (x[0].double() + x[1].double() for x in self)
+        return within + starts.repeat_interleave(GATE_BLOCK, dim=-1)[..., : within.shape[-1]]
 
 
 def split_resets(log_fgate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,16 +55,20 @@ def split_resets(log_fgate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return log_fgate.masked_fill(closed, 0.0), closed
 
 
-def running_sum_bits(log_fgate: torch.Tensor) -> torch.Tensor:
-    """Running sum of the gates in bits as a pair of floats, `(2, B, H, S)` float32: high part, low part.
+def split_in_two(x: torch.Tensor) -> torch.Tensor:
+    """A float64 tensor as float32 high and low parts, stacked in front: `(2, *x.shape)`."""
+    high = x.float()
+    return torch.stack((high, (x - high.double()).float()))
 
-    One float32 cannot hold it: after 131072 tokens at 0.7 nats each the sum is 9e4 and its last bit 8e-3, an error
-    that every query sharing the key sees alike. The difference of two pairs is right to about 1e-7 of itself.
-    """
+
+def gate_sums(log_fgate: torch.Tensor) -> GateSums:
+    """Running sums of the gates `(B, H, S)` float32 nats; closed gates count as 0."""
     gates, _ = split_resets(log_fgate)
-    total = gates.double().cumsum(dim=-1).mul_(1.0 / math.log(2.0))
-    high = total.float()
-    return torch.stack((high, (total - high.double()).float()))
+    running = gates.double().cumsum(dim=-1).mul_(LOG2_E)
+    ends = running[..., GATE_BLOCK - 1 : -1 : GATE_BLOCK]
+    starts = torch.cat((torch.zeros_like(running[..., :1]), ends), dim=-1)
+    within = running - starts.repeat_interleave(GATE_BLOCK, dim=-1)[..., : running.shape[-1]]
+    return GateSums(split_in_two(within), split_in_two(starts))
 
 
 def first_visible_key(log_fgate: torch.Tensor, key_start: torch.Tensor | None, num_queries: int) -> torch.Tensor:
@@ -66,83 +83,30 @@ def first_visible_key(log_fgate: torch.Tensor, key_start: torch.Tensor | None, n
     return last_reset.to(torch.int32).contiguous()
 
 
-def measured_logit_bound(
-    q: torch.Tensor, k: torch.Tensor, scale: float, key_start: torch.Tensor | None
-) -> torch.Tensor:
-    """`|scale| * max ||q|| * max ||k||` of each head, at least every `|logit|` (Cauchy-Schwarz). `(B, H)` float32.
-
-    Measured in float32: in bfloat16 the bound itself is off by up to 2.6 nats and the guarantee is gone.
-    """
-    q_norm = torch.linalg.vector_norm(q, dim=-1, dtype=torch.float32)
-    k_norm = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
-    if key_start is not None:
-        position = torch.arange(k.shape[2], device=k.device)
-        k_norm = k_norm.masked_fill(position < key_start[:, None, None], 0.0)
-    groups = q.shape[1] // k.shape[1]
-    return abs(scale) * q_norm.amax(dim=-1) * k_norm.amax(dim=-1).repeat_interleave(groups, dim=1)
+def prepare(
+    log_fgate: torch.Tensor, key_start: torch.Tensor | None, num_queries: int
+) -> tuple[GateSums, torch.Tensor]:
+    """`gate_sums` and `first_visible_key`; on a GPU in one or two kernels."""
+    if log_fgate.device.type == "cuda" and triton_gates is not None:
+        within, starts, first_key = triton_gates.prepare(log_fgate, key_start, num_queries)
+        return GateSums(within, starts), first_key
+    return gate_sums(log_fgate), first_visible_key(log_fgate, key_start, num_queries)
 
 
-def pruning_threshold(logit_bound: torch.Tensor, num_keys: int, log_pruning_tolerance: float) -> torch.Tensor:
-    """A pair may be dropped when its decay is below `-2U - log S + log eps` nats. `(B, H)` float32, as `logit_bound`.
+def gate_gradient(column_sum: torch.Tensor, row_sum: torch.Tensor | None, log_fgate: torch.Tensor) -> torch.Tensor:
+    """Gradient of the gates `(B, H, S)` float32, from the sums of dS over queries and over keys.
 
-    A pair below it weighs less than `exp(U) * exp(-2U) * eps / S` before normalisation, and the row's own key at least
-    `exp(-U)`: the at most S dropped pairs of a row hold less than eps of its mass. Source: "Adaptive Computation
-    Pruning for the Forgetting Transformer", arXiv:2504.06949.
-    """
-    threshold = -2.0 * logit_bound.float() - math.log(num_keys) + log_pruning_tolerance
-    # A bound that is not a number (padding can hold anything) must never prune.
-    return threshold.nan_to_num(nan=float("-inf"))
-
-
-def first_kept_key(running_bits: torch.Tensor, first_visible: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    """First key that each query attends to after pruning, `(B, H, T)` int32, `>= first_visible`.
-
-    A block is dropped when its largest decay, from its last key to its first query, is below the threshold. The
-    running sum never increases, so the dropped blocks of a row of blocks are a prefix and one sorted search finds its
-    end.
+    A gate at t is part of the running sum from t on: `dgate_t = sum_{s >= t} (row_sum_s - column_sum_s)`. Summed in
+    float64: total minus prefix would cancel at great length. A closed gate is no number and has no gradient.
 
     Args:
-        running_bits: `(2, B, H, S)`, from `running_sum_bits`.
-        first_visible: `(B, H, T)` int32, from `first_visible_key`.
-        threshold: `(B, H)` float32, nats, from `pruning_threshold`.
+        column_sum: `(B, H, S)` float32, `sum_i dS_ij`.
+        row_sum: `(B, H, T)` float32, `sum_j dS_ij`, of the last T positions, or None where it is known to be 0.
     """
-    num_keys, num_queries = running_bits.shape[-1], first_visible.shape[-1]
-    offset = num_keys - num_queries
-    device = running_bits.device
-    running = running_bits[0].double() + running_bits[1].double()
-    at_block_end = running[..., PRUNING_BLOCK_S - 1 :: PRUNING_BLOCK_S].contiguous()
-    at_first_query = running[..., offset::PRUNING_BLOCK_T]
-    # Dropped: running[first query] - running[block end] < threshold.
-    limit = (threshold.double() / math.log(2.0))[..., None] - at_first_query
-    num_dropped = torch.searchsorted(-at_block_end, limit.contiguous())  # (B, H, blocks of queries)
-    # A block that reaches past its first query holds a decay of 0: never drop it, whatever the gates are.
-    first_query = torch.arange(offset, num_keys, PRUNING_BLOCK_T, device=device)
-    num_dropped = torch.minimum(num_dropped, first_query // PRUNING_BLOCK_S)
-    kept = (num_dropped * PRUNING_BLOCK_S).to(torch.int32)
-    # Gates above 0 are not allowed, but must not break the order that the backward pass relies on.
-    kept = kept.flip(-1).cummin(dim=-1).values.flip(-1)
-    block_of_query = torch.arange(num_queries, device=device) // PRUNING_BLOCK_T
-    return torch.maximum(first_visible, kept[..., block_of_query]).contiguous()
-
-
-def pruning_stats(
-    running_bits: torch.Tensor, first_visible: torch.Tensor, first_key: torch.Tensor, logit_bound: torch.Tensor | None
-) -> PruningStats:
-    """Count what was skipped and bound what it can have weighed; see `PruningStats`.
-
-    The bound of a row is `skipped * exp(2U + decay of the nearest skipped key)`.
-    """
-    num_keys, num_queries = running_bits.shape[-1], first_key.shape[-1]
-    offset = num_keys - num_queries
-    query = torch.arange(offset, num_keys, device=first_key.device)
-    # Clamped: a row of padding sees nothing, so it can skip nothing.
-    visible = (query + 1 - first_visible).clamp_(min=0)
-    skipped = torch.minimum((first_key - first_visible).clamp_(min=0), visible)
-    fraction = skipped.double().sum(dim=(0, 2)) / visible.double().sum(dim=(0, 2)).clamp_(min=1)
-    if logit_bound is None:
-        return PruningStats(fraction.float(), torch.zeros_like(fraction, dtype=torch.float32))
-    running = (running_bits[0].double() + running_bits[1].double()) * math.log(2.0)
-    nearest = running.gather(-1, (first_key.long() - 1).clamp_(min=0))
-    bound = skipped * torch.exp(2.0 * logit_bound.double()[..., None] + running[..., offset:] - nearest)
-    bound = torch.where(skipped > 0, bound, 0.0)
-    return PruningStats(fraction.float(), bound.amax(dim=(0, 2)).float())
+    if column_sum.device.type == "cuda" and triton_gates is not None:
+        return triton_gates.gate_gradient(column_sum, row_sum, log_fgate)
+    dlam = -column_sum.double()
+    if row_sum is not None:
+        dlam[..., dlam.shape[-1] - row_sum.shape[-1] :] += row_sum
+    dgate = dlam.flip(-1).cumsum(-1).flip(-1).float()
+    return dgate.masked_fill_(split_resets(log_fgate)[1], 0.0)

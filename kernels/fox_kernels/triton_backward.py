@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .gates import GateSums, split_in_two
 from .tile_sizes import TileSizes, architecture, backward_key_tiles, backward_query_tiles, padded_head_dim
 from .triton_forward import LOG2_E, dot_precision, load_tile
 
@@ -263,13 +264,14 @@ def backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    running_bits: torch.Tensor,
+    sums: GateSums,
     first_key: torch.Tensor,
     scale: float,
     query_tiles: TileSizes | None = None,
     key_tiles: TileSizes | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch both kernels. Returns `dq`, `dk`, `dv` like their tensors, and `dlam (B, H, S)` float32 (per nat)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    """Launch both kernels. Returns `dq`, `dk`, `dv`, the sums of dS over queries `(B, H, S)` float32, and None."""
+    running_bits = split_in_two(sums.running())
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     arch = architecture(q.device)
@@ -309,4 +311,4 @@ def backward(
         num_warps=key_tiles.num_warps, num_stages=key_tiles.num_stages, **shared,
     )  # fmt: skip
 
-    return dq, dk, dv, column_sum.neg_()
+    return dq, dk, dv, column_sum, None

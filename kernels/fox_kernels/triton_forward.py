@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .gates import GateSums, split_in_two
 from .tile_sizes import TileSizes, architecture, forward_tiles, padded_head_dim
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -168,12 +169,13 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    running_bits: torch.Tensor,
+    sums: GateSums,
     first_key: torch.Tensor,
     scale: float,
     tiles: TileSizes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits."""
+    running_bits = split_in_two(sums.running())
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     tiles = tiles or forward_tiles(dim, q.element_size(), architecture(q.device), num_queries)

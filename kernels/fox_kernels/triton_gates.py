@@ -1,0 +1,183 @@
+"""The sums over gates as Triton kernels: `gates.prepare` and `gates.gate_gradient` in one or two launches each.
+
+A chunk of 1024 positions belongs to one program. It adds up the totals of all chunks before it (after it, for the
+gradient), which a first kernel leaves behind; a single chunk needs no first kernel. All sums are in float64.
+
+Letters:  B batch, H query heads, T queries (the last of the keys), S keys, N blocks of `GATE_BLOCK` keys.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 1024  # 16384 chunks are 16M tokens, the most that the sum over chunk totals holds in one program
+GATE_BLOCK = tl.constexpr(128)
+CLOSED_GATE = tl.constexpr(-1e4)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def _load_gates(gate_ptr, batch, head, s, S, stride_b, stride_h, stride_s):
+    """Gates at the positions s, and whether they are closed; open (0) outside of the sequence."""
+    at = gate_ptr + batch * stride_b + head * stride_h + s.to(tl.int64) * stride_s
+    gate = tl.load(at, mask=s < S, other=0.0)
+    closed = gate <= CLOSED_GATE
+    return tl.where(closed, 0.0, gate), closed
+
+
+@triton.jit
+def chunk_totals_kernel(
+    gate_ptr, total_ptr, reset_ptr, S, H, num_chunks, stride_b, stride_h, stride_s, CHUNK: tl.constexpr
+):
+    """Of every chunk the sum of its gates, nats, and the position of its last closed gate, 0 if it has none."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    s = chunk * CHUNK + tl.arange(0, CHUNK)
+    gate, closed = _load_gates(gate_ptr, batch_head // H, batch_head % H, s, S, stride_b, stride_h, stride_s)
+    tl.store(total_ptr + batch_head * num_chunks + chunk, tl.sum(gate.to(tl.float64), axis=0))
+    tl.store(reset_ptr + batch_head * num_chunks + chunk, tl.max(tl.where(closed, s, 0), axis=0))
+
+
+@triton.jit
+def running_sums_kernel(
+    gate_ptr, key_start_ptr, total_ptr, reset_ptr, within_ptr, starts_ptr, first_key_ptr, T, S, N, H, num_chunks,
+    stride_b, stride_h, stride_s, within_low, starts_low,
+    HAS_KEY_START: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`within`, `starts` and `first_key` of one chunk. CHUNKS: the power of two that holds num_chunks."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    batch = batch_head // H
+    s = chunk * CHUNK + tl.arange(0, CHUNK)
+    gate, closed = _load_gates(gate_ptr, batch, batch_head % H, s, S, stride_b, stride_h, stride_s)
+
+    # 1. What came before this chunk.
+    before = tl.full([], 0.0, tl.float64)
+    reset = tl.full([], 0, tl.int32)
+    if CHUNKS > 1:
+        other = tl.arange(0, CHUNKS)
+        earlier = other < chunk
+        before = tl.sum(tl.load(total_ptr + batch_head * num_chunks + other, mask=earlier, other=0.0), axis=0)
+        reset = tl.max(tl.load(reset_ptr + batch_head * num_chunks + other, mask=earlier, other=0), axis=0)
+    if HAS_KEY_START:
+        reset = tl.maximum(reset, tl.load(key_start_ptr + batch).to(tl.int32))
+
+    # 2. The sums: from the start of each block, and of the blocks.
+    blocks = tl.reshape(gate.to(tl.float64), [CHUNK // GATE_BLOCK, GATE_BLOCK])
+    within = tl.reshape(tl.cumsum(blocks, axis=1), [CHUNK]) * LOG2_E
+    total = tl.sum(blocks, axis=1)
+    starts = (before + tl.cumsum(total, axis=0) - total) * LOG2_E
+    high = within.to(tl.float32)
+    at = within_ptr + batch_head * S + s
+    tl.store(at, high, mask=s < S)
+    tl.store(at + within_low, (within - high.to(tl.float64)).to(tl.float32), mask=s < S)
+    n = chunk * (CHUNK // GATE_BLOCK) + tl.arange(0, CHUNK // GATE_BLOCK)
+    high = starts.to(tl.float32)
+    at = starts_ptr + batch_head * N + n
+    tl.store(at, high, mask=n < N)
+    tl.store(at + starts_low, (starts - high.to(tl.float64)).to(tl.float32), mask=n < N)
+
+    # 3. The first visible key of the queries among these positions.
+    first = tl.maximum(tl.associative_scan(tl.where(closed, s, 0), 0, _larger), reset)
+    t = s - (S - T)
+    tl.store(first_key_ptr + batch_head * T + t, first, mask=(t >= 0) & (s < S))
+
+
+@triton.jit
+def _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS: tl.constexpr):
+    """Gradient of the running sum at the positions s, float64."""
+    dlam = -tl.load(column_ptr + batch_head * S + s, mask=s < S, other=0.0).to(tl.float64)
+    if HAS_ROWS:
+        t = s - (S - T)
+        dlam += tl.load(row_ptr + batch_head * T + t, mask=(t >= 0) & (s < S), other=0.0).to(tl.float64)
+    return dlam
+
+
+@triton.jit
+def chunk_gradients_kernel(
+    column_ptr, row_ptr, total_ptr, T, S, num_chunks, HAS_ROWS: tl.constexpr, CHUNK: tl.constexpr
+):
+    batch_head = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    s = chunk * CHUNK + tl.arange(0, CHUNK)
+    dlam = _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS)
+    tl.store(total_ptr + batch_head * num_chunks + chunk, tl.sum(dlam, axis=0))
+
+
+@triton.jit
+def gate_gradient_kernel(
+    gate_ptr, column_ptr, row_ptr, total_ptr, dgate_ptr, T, S, H, num_chunks, stride_b, stride_h, stride_s,
+    HAS_ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`dgate_t = sum_{s >= t} dlam_s`, 0 at closed gates."""
+    batch_head = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    s = chunk * CHUNK + tl.arange(0, CHUNK)
+    _, closed = _load_gates(gate_ptr, batch_head // H, batch_head % H, s, S, stride_b, stride_h, stride_s)
+    after = tl.full([], 0.0, tl.float64)
+    if CHUNKS > 1:
+        other = tl.arange(0, CHUNKS)
+        later = (other > chunk) & (other < num_chunks)
+        after = tl.sum(tl.load(total_ptr + batch_head * num_chunks + other, mask=later, other=0.0), axis=0)
+    dlam = _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS)
+    dgate = tl.where(closed, 0.0, after + tl.cumsum(dlam, axis=0, reverse=True))
+    tl.store(dgate_ptr + batch_head * S + s, dgate.to(tl.float32), mask=s < S)
+
+
+def _chunks(num_keys: int) -> tuple[int, int]:
+    """Number of chunks, and the power of two that holds them."""
+    num_chunks = triton.cdiv(num_keys, CHUNK)
+    return num_chunks, triton.next_power_of_2(num_chunks)
+
+
+def prepare(
+    log_fgate: torch.Tensor, key_start: torch.Tensor | None, num_queries: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `within (2, B, H, S)`, `starts (2, B, H, N)`, both float32 bits, and `first_key (B, H, T)` int32."""
+    batch, num_heads, num_keys = log_fgate.shape
+    rows = (batch, num_heads)
+    num_blocks = triton.cdiv(num_keys, GATE_BLOCK.value)
+    within = torch.empty(2, *rows, num_keys, dtype=torch.float32, device=log_fgate.device)
+    starts = torch.empty(2, *rows, num_blocks, dtype=torch.float32, device=log_fgate.device)
+    first_key = torch.empty(*rows, num_queries, dtype=torch.int32, device=log_fgate.device)
+    num_chunks, power = _chunks(num_keys)
+    grid = (batch * num_heads, num_chunks)
+    total = reset = log_fgate  # never read
+    if num_chunks > 1:
+        total = torch.empty(*rows, num_chunks, dtype=torch.float64, device=log_fgate.device)
+        reset = torch.empty(*rows, num_chunks, dtype=torch.int32, device=log_fgate.device)
+        chunk_totals_kernel[grid](
+            log_fgate, total, reset, num_keys, num_heads, num_chunks, *log_fgate.stride(), CHUNK=CHUNK
+        )
+    running_sums_kernel[grid](
+        log_fgate, log_fgate if key_start is None else key_start, total, reset, within, starts, first_key,
+        num_queries, num_keys, num_blocks, num_heads, num_chunks, *log_fgate.stride(), within.stride(0),
+        starts.stride(0), HAS_KEY_START=key_start is not None, CHUNKS=power, CHUNK=CHUNK,
+    )  # fmt: skip
+    return within, starts, first_key
+
+
+def gate_gradient(column_sum: torch.Tensor, row_sum: torch.Tensor | None, log_fgate: torch.Tensor) -> torch.Tensor:
+    """See `gates.gate_gradient`; `column_sum` and `row_sum` are contiguous."""
+    batch, num_heads, num_keys = column_sum.shape
+    num_queries = num_keys if row_sum is None else row_sum.shape[-1]
+    dgate = torch.empty_like(column_sum)
+    num_chunks, power = _chunks(num_keys)
+    grid = (batch * num_heads, num_chunks)
+    rows = column_sum if row_sum is None else row_sum
+    total = column_sum  # never read
+    if num_chunks > 1:
+        total = torch.empty(batch, num_heads, num_chunks, dtype=torch.float64, device=column_sum.device)
+        chunk_gradients_kernel[grid](
+            column_sum, rows, total, num_queries, num_keys, num_chunks, HAS_ROWS=row_sum is not None, CHUNK=CHUNK
+        )
+    gate_gradient_kernel[grid](
+        log_fgate, column_sum, rows, total, dgate, num_queries, num_keys, num_heads, num_chunks, *log_fgate.stride(),
+        HAS_ROWS=row_sum is not None, CHUNKS=power, CHUNK=CHUNK,
+    )  # fmt: skip
+    return dgate
