@@ -1,0 +1,96 @@
+"""The Triton kernels of pruning against its PyTorch definition: in the interpreter on a CPU, and on a GPU."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from fox_kernels import pruning
+from fox_kernels.gates import first_visible_key, gate_sums
+from helpers import attention_inputs
+
+triton_pruning = pytest.importorskip("fox_kernels.triton_pruning", reason="Triton has wheels for Linux only")
+
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=[
+            pytest.mark.interpret,
+            pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1"),
+        ],
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+# What a test of one rule varies. Gates between exp(-20) and 1 prune from every block to none.
+SHAPES = [
+    pytest.param(dict(queries=1, keys=1000), id="one-query"),
+    pytest.param(dict(queries=300), id="three-blocks"),
+    pytest.param(dict(queries=600, keys=1411, dim=40, heads=6, kv_heads=2), id="prefill-grouped"),
+    pytest.param(dict(queries=2300, batch=1, heads=2, kv_heads=1, dim=16), id="two-programs"),
+]
+
+
+def on_cpu(*tensors):
+    return [None if x is None else x.cpu() for x in tensors]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("measured", [False, True], ids=["bound-given", "bound-measured"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_papers_rule_gives_exactly_the_keys_of_the_definition(shape, measured, device, poisoned_memory):
+    q, k, _, log_fgate = attention_inputs(**shape, gate_logits=(-1.0, 5.0), dtype=torch.float16)
+    heads, keys = log_fgate.shape[1:]
+    log_fgate[:, 0] *= 8  # one head prunes much, the last nothing
+    log_fgate[:, -1] *= 1e-3
+    log_fgate[-1, 0, keys // 2] = -math.inf
+    key_start = torch.tensor([0, keys // 3])[: len(q)]
+    padding = torch.arange(keys) < key_start[:, None]
+    k.masked_fill_(padding[:, None, :, None], math.nan)
+    q.masked_fill_(padding[:, None, -q.shape[2] :, None], math.nan)
+    bound = None if measured else torch.linspace(0.5, 6.0, heads)
+    options = dict(scale=-0.2, log_tolerance=-5.0)
+    sums, visible = gate_sums(log_fgate), first_visible_key(log_fgate, key_start, q.shape[2])
+    expected = pruning.prune(q, k, sums, visible, key_start, rule="paper", logit_bound=bound, **options)
+    assert expected.amax((0, 2))[0] > visible.amax((0, 2))[0]
+    assert torch.equal(expected[:, -1], visible[:, -1])
+    # A transposed layout, and what is not given is not read.
+    q, k = (x.to(device).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    bound = None if bound is None else bound.to(device)
+    sums = type(sums)(*(x.to(device) for x in sums))
+    got = triton_pruning.paper_rule(q, k, sums, visible.to(device), key_start.to(device), logit_bound=bound, **options)
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_papers_rule_keeps_the_order_of_keys_whatever_the_gates(device, poisoned_memory):
+    """Gates above 0 are not allowed, but the attention kernels rely on a first key that never decreases."""
+    q, k, _, _ = (x.to(device) for x in attention_inputs(batch=1, heads=4, queries=1700, dim=16))
+    log_fgate = 5 * torch.randn(1, 4, 1700, device=device)
+    visible = first_visible_key(log_fgate, None, 1700)
+    got = triton_pruning.paper_rule(
+        q, k, gate_sums(log_fgate), visible, None, scale=0.25, log_tolerance=-3.0, logit_bound=torch.ones(1, 1)
+        .to(device),
+    )  # fmt: skip
+    assert (got.diff(dim=-1) >= 0).all()
+    assert (got > 0).any()
+    assert (got <= torch.arange(1700, device=device)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("hole", ["q", "k", "bound"])
+def test_what_is_not_a_number_prunes_nothing(hole, device):
+    q, k, _, log_fgate = (x.to(device) for x in attention_inputs(batch=1, heads=1, queries=300, dim=16))
+    bound = None
+    if hole == "bound":
+        bound = torch.tensor([math.nan], device=device)
+    else:
+        {"q": q, "k": k}[hole][0, 0, 200, 3] = math.nan
+    visible = first_visible_key(log_fgate, None, 300)
+    options = dict(scale=0.25, log_tolerance=-3.0)
+    pruned = triton_pruning.paper_rule(
+        q.nan_to_num(), k.nan_to_num(), gate_sums(log_fgate), visible, None, logit_bound=None, **options
+    )
+    assert (pruned > visible).any()
+    got = triton_pruning.paper_rule(q, k, gate_sums(log_fgate), visible, None, logit_bound=bound, **options)
+    assert torch.equal(got, visible)
