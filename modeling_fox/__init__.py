@@ -13,12 +13,13 @@ Importing this package is what makes Transformers know `model_type: "fox"`:
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
 from .modeling_fox import FoxForCausalLM, FoxForSequenceClassification, FoxModel, FoxPreTrainedModel
+from .tokenization_fox import JSONGPT2Tokenizer
 
 # exist_ok: a second import of this package under another name, as in a notebook that reloads it, must not fail.
 AutoConfig.register("fox", FoxConfig, exist_ok=True)
@@ -32,6 +33,9 @@ modeling_auto.MODEL_MAPPING_NAMES["fox"] = "FoxModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fox"] = "FoxForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForSequenceClassification"
 
+# By its name only: FoX has no tokenizer of its own, so `AutoTokenizer.register(FoxConfig, ...)` would say too much.
+tokenization_auto.REGISTERED_TOKENIZER_CLASSES["JSONGPT2Tokenizer"] = JSONGPT2Tokenizer
+
 __all__ = [
     "FoxConfig",
     "FoxDynamicLayer",
@@ -40,6 +44,7 @@ __all__ = [
     "FoxModel",
     "FoxPreTrainedModel",
     "FoxStaticLayer",
+    "JSONGPT2Tokenizer",
     "PruningStats",
     "forget_gates",
     "pruning_stats",

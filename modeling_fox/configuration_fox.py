@@ -19,6 +19,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .conversion_fox import fox_config_dict
 from .parallel_fox import HEAD_NORM_STYLE
 
 LAYER_TYPE = "forgetting_attention"
@@ -228,6 +229,12 @@ class FoxConfig(PreTrainedConfig):
             "hidden_ratio": 4.0,
         }
         return cls(**(plain | kwargs))
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in the parent; the config.json of another implementation comes back translated, see `conversion_fox`."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return fox_config_dict(config_dict), kwargs
 
     def initial_forget_gate_bias(self) -> list[float]:
         """Bias of each head's forget gate at initialization, in logits: 0, or where the gate is `exp(-1 / time)`."""

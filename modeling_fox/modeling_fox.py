@@ -48,6 +48,7 @@ from .attention_fox import (
 )
 from .cache_fox import prepare_cache
 from .configuration_fox import FoxConfig
+from .conversion_fox import LoadsOtherCheckpoints
 
 # An instance of its own, so that "sdpa" and "flex_attention" mean ours in this file and Transformers' elsewhere.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
@@ -354,7 +355,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class FoxPreTrainedModel(PreTrainedModel):
+class FoxPreTrainedModel(LoadsOtherCheckpoints, PreTrainedModel):
     config: FoxConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -70,7 +70,7 @@ def test_a_folder_with_the_code_loads_without_the_package(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "with-code")]
     subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert sorted(file.name for file in (tmp_path / "with-code").glob("*.py")) == sorted(
-        f"{name}_fox.py" for name in ("attention", "cache", "configuration", "modeling", "parallel")
+        f"{name}_fox.py" for name in ("attention", "cache", "configuration", "conversion", "modeling", "parallel")
     )
     module, logits = reload_in_a_new_process(
         tmp_path / "with-code", tokens, options={"trust_remote_code": True}, path=()

@@ -1,0 +1,92 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Convert checkpoints between the official implementation of FoX, flash-linear-attention's, and ours.
+
+To ours:  python -m modeling_fox.convert SRC DST
+Back:     python -m modeling_fox.convert SRC DST --to official
+          python -m modeling_fox.convert SRC DST --to fla
+
+SRC is a folder or the name of a model on the Hub, in any of the three formats; which one is found out. DST gets
+config.json, safetensors and the tokenizer if SRC has one. Weights keep their bits.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from . import FoxForCausalLM
+from .conversion_fox import FLA, OFFICIAL, foreign_config_dict, left_out, transforms_to
+
+FORMATS = {"fox": None, "official": OFFICIAL, "fla": FLA}
+
+
+def convert(source: str, destination: str | Path, to: str = "fox", max_shard_size: str = "5GB") -> list[str]:
+    """Write the causal language model `source` to the folder `destination`, in the format `to`.
+
+    Args:
+        source: Folder or Hub name of a checkpoint of ours, of the official implementation or of
+            flash-linear-attention.
+        to: `"fox"`, `"official"` or `"fla"`.
+        max_shard_size: Largest file of weights, as for `save_pretrained`.
+
+    Returns:
+        Names of the fields of our configuration that `to` has no place for and that change no output.
+
+    Raises:
+        ValueError: If `source` is no causal language model, or `to` cannot represent it.
+    """
+    destination = Path(destination)
+    if destination.exists() and any(destination.iterdir()):
+        raise ValueError(f"`destination` must be a new or empty folder; got {destination}. Choose another.")
+    model, info = FoxForCausalLM.from_pretrained(source, output_loading_info=True)
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:4])
+        raise ValueError(f"`source` must be a causal language model; got {source}, which lacks {some}.")
+    target = FORMATS[to]
+    if target is None:
+        model.save_pretrained(destination, max_shard_size=max_shard_size)
+    else:
+        _save_theirs(model, target, destination, max_shard_size)
+    if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+        # With our config, or it would ask to run the code that their config.json points to.
+        AutoTokenizer.from_pretrained(source, config=model.config).save_pretrained(destination)
+    return [] if target is None else left_out(model.config, target)
+
+
+def _save_theirs(model, target: str, destination: Path, max_shard_size: str) -> None:
+    # First, as it says what cannot be written.
+    config = foreign_config_dict(model.config, target)
+    model._weight_conversions = transforms_to(target, model.config)
+    # Our gate projection stays in fp32 beside fp16 weights; theirs has the dtype of the others.
+    weights = {name: weight.to(model.dtype) for name, weight in model.state_dict().items()}
+    model.save_pretrained(destination, state_dict=weights, max_shard_size=max_shard_size)
+    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_fox.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder or Hub name of the checkpoint to read")
+    parser.add_argument("destination", metavar="DST", help="new folder to write")
+    parser.add_argument("--to", choices=FORMATS, default="fox", help="format of DST (default: fox)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    options = parser.parse_args(arguments)
+    try:
+        dropped = convert(options.source, options.destination, options.to, options.max_shard_size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if dropped:
+        sys.stderr.write(f"no place for {', '.join(dropped)}: they change no output and were left out\n")
+
+
+if __name__ == "__main__":
+    main()
