@@ -1,0 +1,193 @@
+"""Time decoding, one query per sequence against a long cache, beside PyTorch's dense attention and a plain copy.
+
+    python kernels/benchmarks/bench_decode.py                       the whole workload, rows to decode_results.csv
+    python kernels/benchmarks/bench_decode.py --shapes 1,16,16,131072,64 --csv /tmp/try.csv
+    python kernels/benchmarks/bench_decode.py --sweep               also every tile size, printed, not written
+    python kernels/benchmarks/bench_decode.py --skip-tests          no tests first; the rows say so
+
+The workload is that of bench_forgetting_attention.py, with `queries` new tokens at the end. The floor of a row is the
+time that a device copy takes for as many bytes as the keys and values that survive: a copy of 1 GiB is timed in the
+same run, and counts what it reads and what it writes. A dense contender reads all of them. "fox+append" also adds the
+gates of the new tokens to the sums, as a model does. The operator's GPU tests run first: a wrong kernel gets no time.
+"""
+
+import argparse
+import csv
+import datetime
+import itertools
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from bench_forgetting_attention import commit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "kernels"))
+from fox_kernels import triton_decode  # noqa: E402
+from fox_kernels.decode import append_gates, empty_sums, forgetting_attention_decode  # noqa: E402
+from fox_kernels.pruning import paper_budget  # noqa: E402
+
+SHAPES = ["1,24,24,16384,64", "8,24,24,16384,64", "1,16,16,131072,64", "1,32,8,131072,128", "1,16,16,1000000,64"]
+LOG_TOLERANCE = -10.0
+COLUMNS = [
+    "op", "batch", "heads", "kv_heads", "keys", "head_dim", "queries", "dtype", "pruned_fraction", "p20_ms", "p50_ms",
+    "p80_ms", "floor_ms", "over_floor", "gpu", "torch", "triton", "commit", "tested", "date",
+]  # fmt: skip
+
+
+def workload(batch, heads, kv_heads, keys, head_dim, queries):
+    """q, k, v in bfloat16 and the sums of the gates of all keys."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = (batch, heads, queries), (batch, kv_heads, keys), (batch, kv_heads, keys)
+    q, k, v = (torch.randn(*shape, head_dim, device="cuda", generator=generator).bfloat16() for shape in shapes)
+    q, k = ((x / x.float().square().mean(-1, keepdim=True).sqrt()).bfloat16() for x in (q, k))
+    decay = 10.0 ** (-4.0 * torch.arange(heads, device="cuda") / max(heads - 1, 1))
+    gates = -decay[:, None] * torch.empty(batch, heads, keys, device="cuda").exponential_(generator=generator)
+    growing = empty_sums(batch, heads, keys + queries, "cuda")
+    append_gates(growing, gates, 0)
+    return q, k, v, gates, growing
+
+
+def quantiles(function):
+    return triton.testing.do_bench(function, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
+
+
+def bytes_per_ms():
+    """What a device copy reads and writes in a millisecond."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / quantiles(lambda: target.copy_(source))[1]
+
+
+def contenders(q, k, v, gates, growing):
+    """name -> function of no arguments."""
+    groups = q.shape[1] // k.shape[1]
+    num_keys, queries = k.shape[2], q.shape[2]
+    # QK-norm with weight 1: |q . k| / sqrt(D) <= sqrt(D); 1 % covers the rounding of q and k to bfloat16.
+    bound = torch.full((1, 1), 1.01 * q.shape[-1] ** 0.5, device="cuda").expand(q.shape[:2])
+    pruning = dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound)
+    # The heads of a group as rows that share its keys: the best that dense attention can do.
+    rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
+
+    def dense():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(rows, k, v)
+
+    def with_append():
+        # After all keys, where it changes nothing that is read: each repetition finds the same sums.
+        append_gates(growing, gates[..., -queries:], num_keys)
+        return forgetting_attention_decode(q, k, v, growing.sums, **pruning)
+
+    return {
+        "sdpa-flash2": dense,
+        "fox": lambda: forgetting_attention_decode(q, k, v, growing.sums),
+        "fox-acp-paper": lambda: forgetting_attention_decode(q, k, v, growing.sums, **pruning),
+        "fox-acp-paper+append": with_append,
+    }, bound
+
+
+def survivors(q, k, growing, bound):
+    """Share of the keys, over all key heads, that some query of the head reads."""
+    shape = (*q.shape[:2], k.shape[1], q.shape[2])
+    budget = paper_budget(k.shape[2], LOG_TOLERANCE)
+    _, lowest = triton_decode.plan(shape, growing.sums, k.shape[2], None, None, None, bound, budget)
+    return 1.0 - float(lowest.double().mean()) / k.shape[2]
+
+
+def sweep(q, k, v, growing, bound):
+    """Every tile size, best first."""
+    arguments = q, k, v, growing.sums, k.shape[2], None, q.shape[-1] ** -0.5
+    chosen = triton_decode.decode_tiles(q.shape[-1], 2, 90, q.shape[1] // k.shape[1] * q.shape[2])
+    times = []
+    for block_s, warps, stages, per_sm in itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4)):
+        if not 8192 <= 4 * block_s * q.shape[-1] <= 65536:
+            continue
+        tiles = triton_decode.DecodeTiles(chosen.block_r, block_s, warps, stages, per_sm)
+        try:
+            for name, pruning in (
+                ("all", {}),
+                ("acp", dict(logit_bound=bound, budget=paper_budget(k.shape[2], -10.0))),
+            ):
+                p50 = triton.testing.do_bench(
+                    partial(triton_decode.forward, *arguments, **pruning, tiles=tiles), 10, 40, return_mode="median"
+                )
+                times.append((name, p50, tiles))
+        except triton.runtime.errors.OutOfResources:
+            continue
+    for name in ("all", "acp"):
+        for _, p50, tiles in sorted(t for t in times if t[0] == name)[:6]:
+            print(f"    {name} {p50:.4f} ms {tiles}", flush=True)
+
+
+def bench(shape, queries, rate, options, common):
+    batch, heads, kv_heads, keys, head_dim = shape
+    q, k, v, gates, growing = workload(*shape, queries)
+    functions, bound = contenders(q, k, v, gates, growing)
+    share = survivors(q, k, growing, bound)
+    rows = []
+    for op, function in functions.items():
+        p20, p50, p80 = quantiles(function)
+        read = share if "acp" in op else 1.0
+        floor = read * 2 * k.numel() * k.element_size() / rate
+        print(
+            f"{shape!s:30} {op:22} {p50:8.4f} ms  floor {floor:.4f}  {p50 / floor:5.2f} x  ({read:.1%} read)",
+            flush=True,
+        )
+        rows.append(
+            {
+                "op": op, "batch": batch, "heads": heads, "kv_heads": kv_heads, "keys": keys, "head_dim": head_dim,
+                "queries": queries, "dtype": "bfloat16", "pruned_fraction": round(1.0 - read, 4),
+                "p20_ms": round(p20, 5), "p50_ms": round(p50, 5), "p80_ms": round(p80, 5),
+                "floor_ms": round(floor, 5), "over_floor": round(p50 / floor, 3), **common,
+            }
+        )  # fmt: skip
+    if options.sweep:
+        sweep(q, k, v, growing, bound)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,H,H_kv,S,D", help="default: %(default)s")
+    parser.add_argument("--queries", type=int, default=1, help="new tokens a step, 1 to 16 (default: %(default)s)")
+    parser.add_argument(
+        "--csv", default=ROOT / "kernels" / "benchmarks" / "decode_results.csv", type=Path, help="rows are appended"
+    )
+    parser.add_argument("--sweep", action="store_true", help="also time every tile size and print the best")
+    parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
+    parser.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench_decode.py needs a CUDA device; none is visible.")
+    try:
+        shapes = [tuple(int(x) for x in shape.split(",")) for shape in options.shapes]
+        assert all(len(shape) == 5 for shape in shapes)
+    except (ValueError, AssertionError):
+        sys.exit(f"--shapes must be B,H,H_kv,S,D with five whole numbers each; got {options.shapes}.")
+    if not options.skip_tests:
+        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "tests/test_kernels_decode.py"]
+        if subprocess.run(tests, cwd=ROOT).returncode:
+            sys.exit("The operator's tests failed: no times are taken of a wrong kernel.")
+    common = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": options.commit or commit(), "tested": not options.skip_tests,
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    rate = bytes_per_ms()
+    print(f"copy rate {rate / 1e9:.2f} TB/s")
+    rows = [row for shape in shapes for row in bench(shape, options.queries, rate, options, common)]
+    new = not options.csv.exists()
+    with options.csv.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"{len(rows)} rows appended to {options.csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""Decoding: a few new queries against a long cache, with the running sums of the gates in place of the gates.
+
+A step reads the keys that survive and one number of 8 bytes per 128 keys and head of the rest. The sums grow by
+`append_gates` in memory that is allocated ahead; nothing that was written before changes.
+
+Letters:  B batch, H query heads, H_kv key heads, G query heads per key head, T queries, S keys in use, C >= S keys
+    allocated, N blocks of 128 keys, D head dim; the queries are the last T of the S positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import blockwise
+from .forgetting_attention import _check_pruning, _check_tensors, _require_triton
+from .gates import GATE_BLOCK, LOG2_E, GateSums, split_in_two, split_resets
+from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
+
+try:
+    from . import triton_decode
+except ImportError:  # no Triton: `_require_triton` gives the reason
+    triton_decode = None
+
+MAX_DECODE_QUERIES = 16
+
+
+class GrowingSums(NamedTuple):
+    """Gate sums of a sequence that grows, in memory allocated for C keys.
+
+    Attributes:
+        sums: `GateSums` of which the first S keys are in use.
+        totals: `(B, H, N)` float64, nats: sum of all gates up to the end of each block, or up to the last key in it.
+            Two floats hold 48 of its 53 bits; with all of them a sequence summed in pieces gives the bits of one
+            summed at once.
+    """
+
+    sums: GateSums
+    totals: torch.Tensor
+
+
+def empty_sums(batch: int, num_heads: int, capacity: int, device: torch.device | str | None = None) -> GrowingSums:
+    """Memory for the sums of `capacity` keys, none of them in use; 8.2 bytes per key and head."""
+    num_blocks = -(-capacity // GATE_BLOCK)
+    return GrowingSums(
+        GateSums(
+            torch.zeros(2, batch, num_heads, capacity, dtype=torch.float32, device=device),
+            torch.zeros(2, batch, num_heads, num_blocks, dtype=torch.float32, device=device),
+        ),
+        torch.zeros(batch, num_heads, num_blocks, dtype=torch.float64, device=device),
+    )
+
+
+def append_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int | torch.Tensor) -> None:
+    """Add the gates of new keys to the sums of the `num_keys` before them, in place; the work is that of the new ones.
+
+    On a CPU the result has the bits of `gates.gate_sums` of the whole sequence, however it is cut. On a GPU pieces of
+    several keys are summed in another order, in float64.
+
+    Args:
+        log_fgate: `(B, H, T)` float32 nats. A closed gate counts as 0: tell `forgetting_attention_decode` of it by
+            `first_key`.
+        num_keys: Keys that are in the sums: an int, or one integer in a tensor on the device, which a CUDA graph may
+            replay with another value. More than C in all is an error, or with a tensor on a GPU undefined.
+
+    Raises:
+        ValueError: If a shape or dtype is not one of the above, or the keys are more than there is memory for.
+    """
+    within, starts = growing.sums
+    if log_fgate.dim() != 3 or log_fgate.shape[:2] != within.shape[1:3] or log_fgate.dtype != torch.float32:
+        raise ValueError(
+            f"log_fgate must be {(*within.shape[1:3], 'T')} float32, one gate per query head and new key; got "
+            f"{tuple(log_fgate.shape)} {log_fgate.dtype}."
+        )
+    length = num_keys if isinstance(num_keys, torch.Tensor) and within.device.type == "cuda" else None
+    num_keys = 0 if length is not None else int(num_keys)
+    if num_keys + log_fgate.shape[-1] > within.shape[-1]:
+        raise ValueError(
+            f"the sums have room for {within.shape[-1]} keys; got {log_fgate.shape[-1]} new ones after {num_keys}. "
+            "Allocate more with `empty_sums` and copy, or start anew."
+        )
+    if log_fgate.shape[-1] == 0:
+        return
+    if within.device.type == "cuda":
+        _require_triton()
+        triton_decode.append_gates(growing.sums, growing.totals, log_fgate, num_keys, length)
+    else:
+        _append_on_cpu(growing, log_fgate, num_keys)
+
+
+def _append_on_cpu(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int) -> None:
+    (within, starts), totals = growing
+    end = num_keys + log_fgate.shape[-1]
+    first, last = num_keys // GATE_BLOCK, (end - 1) // GATE_BLOCK
+    # The sum that each block starts from, and the one that the new keys go on from.
+    before = totals[..., first - 1] if first else torch.zeros_like(totals[..., 0])
+    so_far = totals[..., first] if num_keys % GATE_BLOCK else before
+    gates = torch.cat((so_far[..., None], split_resets(log_fgate)[0].double()), dim=-1)
+    running = gates.cumsum(dim=-1)[..., 1:]
+    block_ends = (torch.arange(first + 1, last + 2) * GATE_BLOCK).clamp_(max=end) - 1 - num_keys
+    new_totals = running[..., block_ends]
+    block_starts = torch.cat((before[..., None], new_totals[..., :-1]), dim=-1).mul_(LOG2_E)
+    block = torch.arange(num_keys, end).div_(GATE_BLOCK, rounding_mode="floor") - first
+    within[..., num_keys:end] = split_in_two(running * LOG2_E - block_starts[..., block])
+    starts[..., first : last + 1] = split_in_two(block_starts)
+    totals[..., first : last + 1] = new_totals
+
+
+def rewind_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int) -> None:
+    """Go back to the first `num_keys` keys, in place, so that `append_gates` goes on from there with the same bits.
+
+    Args:
+        log_fgate: `(B, H, >= num_keys)` float32 nats, the gates that were appended; only those of the last block are
+            read.
+    """
+    block = num_keys // GATE_BLOCK
+    start = block * GATE_BLOCK
+    if num_keys > start:
+        # What is left of the block, once more.
+        append_gates(growing, log_fgate[..., start:num_keys], start)
+
+
+def forgetting_attention_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate_sums: GateSums,
+    *,
+    num_keys: int | torch.Tensor | None = None,
+    scale: float | None = None,
+    first_key: torch.Tensor | None = None,
+    key_start: torch.Tensor | None = None,
+    log_pruning_tolerance: float | None = None,
+    pruning_rule: str = "paper",
+    logit_bound: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`forgetting_attention` of 1 to 16 queries, forward only, reading nothing of the keys that pruning drops.
+
+    The keys, values and sums may be longer than what is in use, as in a static cache. Which keys a query drops is
+    what `forgetting_attention` of the same queries drops by the same rule. CUDA tensors run Triton kernels whose
+    launches depend on shapes alone, so that a CUDA graph can replay them with another `num_keys`.
+
+    Args:
+        q: Queries, `(B, H, T, D)`, float32, float16 or bfloat16, `T <= 16`, `D <= 256`; the last `T` of the keys.
+        k: Keys, `(B, H_kv, C, D)`, dtype of `q`. Any strides with a contiguous last dimension. `H_kv` must divide `H`.
+        v: Values, shape and dtype of `k`.
+        gate_sums: Sums of the gates of all keys, for at least `C` of them: from `gates.gate_sums` or `append_gates`.
+        num_keys: S, keys in use: an int, or one integer in a tensor on the device. Default: None, all `C`.
+        scale: Factor on `q . k`. Default: `D ** -0.5`.
+        first_key: `(B, H, T)` int32, first key that each query may see, as `gates.first_visible_key` gives it; needed
+            where gates are closed, which the sums do not tell. Default: None, 0.
+        key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding.
+        log_pruning_tolerance: Natural log of the attention mass that a row may lose to skipped keys. Default: None,
+            nothing is skipped.
+        pruning_rule: `"paper"`, see `forgetting_attention`.
+        logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Needed for
+            pruning: to measure it would take all keys.
+
+    Returns:
+        `(B, H, T, D)`, dtype and stride order of `q`; rows without a visible key are 0.
+
+    Raises:
+        ValueError: If a shape, dtype, device or option is not one of the above. Values on the device are not checked.
+        ImportError: For CUDA tensors without Triton.
+    """
+    length = num_keys if isinstance(num_keys, torch.Tensor) else None
+    capacity = k.shape[2] if k.dim() == 4 else 0
+    num_keys = capacity if num_keys is None or length is not None else num_keys
+    within, starts = gate_sums
+    _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start)
+    bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
+    if log_pruning_tolerance is None:
+        bound = None
+    elif bound is None:
+        raise ValueError(
+            "logit_bound must be given to prune while decoding; got None. Measuring it would read all keys: pass the "
+            "bound that QK-norm gives, or log_pruning_tolerance=None."
+        )
+    else:
+        bound = bound.to(q.device).float().expand(q.shape[:2])
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v, within, starts = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, within, starts))
+    first_key = None if first_key is None else first_key.contiguous()
+    tolerance = 0.0 if log_pruning_tolerance is None else float(log_pruning_tolerance)
+    return _forgetting_attention_decode(
+        q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance
+    )
+
+
+def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
+    # A view as long as the keys stands for the gates: the same shape, dtype and device are asked of both.
+    within, starts = gate_sums
+    _check_tensors(q, k, v, within[0, ..., : k.shape[2]] if within.dim() == 4 and k.dim() == 4 else within, key_start)
+    batch, num_heads, num_queries, _ = q.shape
+    if num_queries > MAX_DECODE_QUERIES:
+        raise ValueError(
+            f"q must have at most {MAX_DECODE_QUERIES} positions; got {num_queries}. Use forgetting_attention."
+        )
+    if not num_queries <= num_keys <= k.shape[2]:
+        raise ValueError(
+            f"num_keys must be between the {num_queries} positions of q and the {k.shape[2]} of k; got {num_keys}. It "
+            "counts the cached keys together with the new ones."
+        )
+    if starts.shape[:3] != (2, batch, num_heads) or starts.shape[3] * GATE_BLOCK < k.shape[2]:
+        raise ValueError(
+            f"gate_sums.starts must be {(2, batch, num_heads, -(-k.shape[2] // GATE_BLOCK))} or longer; got "
+            f"{tuple(starts.shape)}."
+        )
+    if length is not None and (length.numel() != 1 or length.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"num_keys must be one int32 or int64; got {tuple(length.shape)} {length.dtype}.")
+    if first_key is not None and (first_key.shape != q.shape[:3] or first_key.dtype != torch.int32):
+        raise ValueError(
+            f"first_key must be {tuple(q.shape[:3])} int32; got {tuple(first_key.shape)} {first_key.dtype}. "
+            "`gates.first_visible_key` makes it."
+        )
+
+
+@torch.library.custom_op("fox_kernels::forgetting_attention_decode", mutates_args=(), device_types=("cpu", "cuda"))
+def _forgetting_attention_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    within: torch.Tensor,
+    starts: torch.Tensor,
+    num_keys: int,
+    length: torch.Tensor | None,
+    scale: float,
+    first_key: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    logit_bound: torch.Tensor | None,
+    log_tolerance: float,
+) -> torch.Tensor:
+    sums = GateSums(within, starts)
+    if q.device.type == "cpu":
+        # Autocast reaches into a custom op and would round the scores.
+        with torch.autocast("cpu", enabled=False):
+            num_keys = num_keys if length is None else int(length)
+            first = first_decoded_key(sums, num_keys, first_key, key_start, logit_bound, log_tolerance, q.shape[2])
+            return _decode_on_cpu(q, k, v, sums, num_keys, first, scale)
+    _require_triton()
+    return triton_decode.forward(
+        q, k, v, sums, num_keys, length, scale, first_key, key_start, logit_bound,
+        paper_budget(num_keys, log_tolerance),
+    )  # fmt: skip
+
+
+@_forgetting_attention_decode.register_fake
+def _(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance):
+    return torch.empty_like(q)
+
+
+def first_decoded_key(
+    sums: GateSums,
+    num_keys: int,
+    first_key: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    logit_bound: torch.Tensor | None,
+    log_tolerance: float,
+    num_queries: int,
+) -> torch.Tensor:
+    """First key of each query, `(B, H, T)` int32: what `pruning.first_kept_key` gives, from one sum per block.
+
+    Args:
+        logit_bound: `(B, H)` float32, or None: nothing is pruned.
+        Others as in `forgetting_attention_decode`.
+    """
+    batch, num_heads = sums.within.shape[1:3]
+    first = torch.zeros(batch, num_heads, num_queries, dtype=torch.int32) if first_key is None else first_key
+    if key_start is not None:
+        first = first.clamp(min=key_start.to(torch.int32)[:, None, None])
+    if logit_bound is None:
+        return first
+    threshold = pruning_threshold(logit_bound, num_keys, log_tolerance)
+    query = num_keys - num_queries
+    block = query // GATE_BLOCK
+    starts = sums.starts[..., : block + 1].double().sum(dim=0)
+
+    at_query = starts[..., block] + sums.within[..., query].double().sum(dim=0)
+    limit = ((threshold * LOG2_E).double() - at_query)[..., None]  # dropped: -running[block end] < limit
+    dropped = torch.searchsorted((-starts[..., 1:]).contiguous(), limit)
+    kept = dropped * GATE_BLOCK
+    # The first half of the next block.
+    half = (kept + PRUNING_BLOCK_S - 1).clamp_(max=query)
+    end = starts.gather(-1, dropped) + sums.within.gather(-1, half.expand(2, -1, -1, -1)).double().sum(dim=0)
+    kept += ((kept + PRUNING_BLOCK_S <= query) & (-end < limit)) * PRUNING_BLOCK_S
+    return torch.maximum(first, kept.to(torch.int32))
+
+
+def _decode_on_cpu(q, k, v, sums, num_keys, first, scale) -> torch.Tensor:
+    """Key heads that start at the same key go through the products together; each reads its own keys and no others."""
+    batch, num_heads, num_queries, dim = q.shape
+    num_kv_heads = k.shape[1]
+    groups = num_heads // num_kv_heads
+    out = torch.empty_like(q)
+    per_kv_head = (batch, num_kv_heads, groups)
+    first = first.view(*per_kv_head, num_queries)
+    lowest = first.amin(dim=(2, 3)).clamp_(max=num_keys - num_queries)
+    within = sums.within.unflatten(2, per_kv_head[1:])
+    starts = sums.starts.unflatten(2, per_kv_head[1:])
+    q = q.unflatten(1, per_kv_head[1:])
+    mixed = out.view(q.shape) if out.is_contiguous() else torch.empty(q.shape, dtype=q.dtype)
+    for b, h, low in _equal_starts(lowest):
+        keys = slice(low, num_keys)
+        blocks = slice(low // GATE_BLOCK, (num_keys - 1) // GATE_BLOCK + 1)
+        mixed[b, h] = _attend(
+            q[b, h], k[b, h, keys], v[b, h, keys], within[:, b, h, :, keys], starts[:, b, h, :, blocks],
+            first[b, h], low, scale,
+        )  # fmt: skip
+    return out if out.is_contiguous() else out.copy_(mixed.view(out.shape))
+
+
+def _equal_starts(lowest: torch.Tensor):
+    """Indices into (B, H_kv) and the key to start from: everything at once if it is the same, else one by one."""
+    values = lowest.tolist()
+    if all(low == values[0][0] for row in values for low in row):
+        yield slice(None), slice(None), values[0][0]
+        return
+    for b, row in enumerate(values):
+        for h, low in enumerate(row):
+            yield slice(b, b + 1), slice(h, h + 1), low
+
+
+def _attend(q, k, v, within, starts, first, low, scale) -> torch.Tensor:
+    """Attention of `q (B, H_kv, G, T, D)` to `k, v (B, H_kv, W, D)`, the last W keys, from key `low` on.
+
+    `within (2, B, H_kv, G, W)` and `starts (2, B, H_kv, G, blocks)` are the sums of these keys; `first` is as `q`.
+    """
+    num_queries, num_keys = q.shape[3], k.shape[2]
+    work = torch.promote_types(q.dtype, torch.float32)
+    offset = low % GATE_BLOCK
+    spread = starts.double().sum(dim=0).repeat_interleave(GATE_BLOCK, dim=-1)[..., offset : offset + num_keys]
+    running = within.double().sum(dim=0).add_(spread)
+    scores = (running[..., -num_queries:, None] - running[..., None, :]).to(work)  # decay, (B, H_kv, G, T, W)
+    flat = (scores.shape[0] * scores.shape[1], -1)
+    scores.view(*flat, num_keys).baddbmm_(
+        q.to(work).reshape(*flat, q.shape[-1]),
+        k.to(work).reshape(*flat, q.shape[-1]).transpose(1, 2),
+        alpha=scale * LOG2_E,
+    )
+    if num_queries > 1:
+        future = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
+        scores[..., -num_queries:].masked_fill_(future[:, -num_keys:], float("-inf"))
+    hidden = min(int(first.max()) - low, num_keys)
+    if hidden > 0:
+        past = torch.arange(low, low + hidden) < first[..., None]
+        scores[..., :hidden].masked_fill_(past, float("-inf"))
+    # A row without a visible key has only -inf: keep its exponent finite, its sum is then 0.
+    scores.sub_(scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).min))
+    weights = blockwise._exp2(scores)
+    total = weights.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).tiny)
+    mixed = torch.bmm(weights.view(*flat, num_keys), v.to(work).reshape(*flat, q.shape[-1]))
+    return mixed.view(q.shape).div_(total)
