@@ -15,7 +15,6 @@ from fox_kernels.decode import (
     empty_sums,
     first_decoded_key,
     forgetting_attention_decode,
-    rewind_gates,
 )
 from fox_kernels.gates import GATE_BLOCK, GateSums, first_visible_key, gate_sums
 from fox_kernels.pruning import first_kept_key, paper_budget, pruning_threshold
@@ -209,13 +208,15 @@ def test_sums_of_pieces_have_the_bits_of_the_whole(cuts):
 
 
 @pytest.mark.parametrize("num_left", [0, 1, 127, 128, 129, 256, 299])
-def test_sums_go_on_from_where_they_were_rewound_to(num_left):
+def test_sums_go_on_from_an_earlier_block(num_left):
     log_fgate, other = (attention_inputs(queries=300, seed=seed)[3] for seed in (0, 1))
     growing = empty_sums(2, 4, 300)
     append_gates(growing, log_fgate, 0)
-    rewind_gates(growing, log_fgate, num_left)
-    append_gates(growing, other[..., num_left:], num_left)
-    whole = gate_sums(torch.cat([log_fgate[..., :num_left], other[..., num_left:]], -1))
+    mixed = torch.cat([log_fgate[..., :num_left], other[..., num_left:]], -1)
+    start = num_left // GATE_BLOCK * GATE_BLOCK
+    append_gates(growing, mixed[..., start:num_left], start)
+    append_gates(growing, mixed[..., num_left:], num_left)
+    whole = gate_sums(mixed)
     assert torch.equal(growing.sums.within, whole.within)
     assert torch.equal(growing.sums.starts, whole.starts)
 
@@ -251,6 +252,8 @@ def test_says_what_is_wrong_with_the_input():
         forgetting_attention_decode(q, k, v, sums, num_keys=41)
     with pytest.raises(ValueError, match="logit_bound must be given to prune while decoding; got None"):
         forgetting_attention_decode(q, k, v, sums, log_pruning_tolerance=-10.0)
+    with pytest.raises(ValueError, match="pruning_rule must be 'paper' while decoding; got 'tightest'"):
+        forgetting_attention_decode(q, k, v, sums, pruning_rule="tightest")
     with pytest.raises(ValueError, match=r"gate_sums.starts must be \(2, 2, 4, 1\) or longer; got \(2, 2, 4, 0\)"):
         forgetting_attention_decode(q, k, v, GateSums(sums.within, sums.starts[..., :0]))
     with pytest.raises(ValueError, match=r"first_key must be \(2, 4, 3\) int32; got \(2, 4, 1\) torch.int32"):
@@ -339,6 +342,20 @@ def test_gpu_decoding_replays_from_a_cuda_graph_at_growing_length(tolerance):
             exact = forgetting_attention_reference(*doubles, inputs[3], key_start=options["key_start"])
             assert_as_accurate_as_torch(captured, same, exact, floor=2e-4, name=f"after {position} keys")
     assert int(length) == capacity
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_keys", [1025, 5000])
+def test_gpu_sums_of_a_prompt_and_of_its_pieces_are_those_of_pytorch(num_keys, poisoned_memory):
+    log_fgate = attention_inputs(queries=num_keys + 200, gate_logits=(-20.0, 20.0), device="cuda")[3]
+    growing = empty_sums(2, 4, num_keys + 300, "cuda")
+    append_gates(growing, log_fgate[..., :num_keys], 0)
+    for position in range(num_keys, num_keys + 200):
+        append_gates(growing, log_fgate[..., position : position + 1], position)
+    whole = gate_sums(log_fgate)
+    num_blocks = whole.starts.shape[-1]
+    got = GateSums(growing.sums.within[..., : num_keys + 200], growing.sums.starts[..., :num_blocks])
+    torch.testing.assert_close(got.running(), whole.running(), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.gpu

@@ -10,10 +10,10 @@ Letters:  B batch, H query heads, H_kv key heads, G query heads per key head, T 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from . import blockwise
 from .forgetting_attention import _check_pruning, _check_tensors, _require_triton
-from .gates import GATE_BLOCK, LOG2_E, GateSums, split_in_two, split_resets
+from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
 from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
 
 try:
@@ -54,7 +54,8 @@ def append_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int | 
     """Add the gates of new keys to the sums of the `num_keys` before them, in place; the work is that of the new ones.
 
     On a CPU the result has the bits of `gates.gate_sums` of the whole sequence, however it is cut. On a GPU pieces of
-    several keys are summed in another order, in float64.
+    several keys are summed in another order, in float64. To go back to S keys, append the gates from the start of the
+    last block once more: S rounded down to a multiple of 128 is the `num_keys` to go on from.
 
     Args:
         log_fgate: `(B, H, T)` float32 nats. A closed gate counts as 0: tell `forgetting_attention_decode` of it by
@@ -80,11 +81,24 @@ def append_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int | 
         )
     if log_fgate.shape[-1] == 0:
         return
-    if within.device.type == "cuda":
+    if within.device.type == "cpu":
+        _append_on_cpu(growing, log_fgate, num_keys)
+    elif length is None and num_keys == 0 and log_fgate.shape[-1] > 8 * GATE_BLOCK:
+        _fill_on_gpu(growing, log_fgate)
+    else:
         _require_triton()
         triton_decode.append_gates(growing.sums, growing.totals, log_fgate, num_keys, length)
-    else:
-        _append_on_cpu(growing, log_fgate, num_keys)
+
+
+def _fill_on_gpu(growing: GrowingSums, log_fgate: torch.Tensor) -> None:
+    """The first keys, many at once: the kernel that appends goes through the blocks of a head one by one."""
+    num_keys = log_fgate.shape[-1]
+    sums, _ = prepare(log_fgate, None, 1)
+    num_blocks = sums.starts.shape[-1]
+    growing.sums.within[..., :num_keys] = sums.within
+    growing.sums.starts[..., :num_blocks] = sums.starts
+    gates = F.pad(split_resets(log_fgate)[0].double(), (0, num_blocks * GATE_BLOCK - num_keys))
+    growing.totals[..., :num_blocks] = gates.unflatten(-1, (-1, GATE_BLOCK)).sum(dim=-1).cumsum(dim=-1)
 
 
 def _append_on_cpu(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int) -> None:
@@ -103,20 +117,6 @@ def _append_on_cpu(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int)
     within[..., num_keys:end] = split_in_two(running * LOG2_E - block_starts[..., block])
     starts[..., first : last + 1] = split_in_two(block_starts)
     totals[..., first : last + 1] = new_totals
-
-
-def rewind_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int) -> None:
-    """Go back to the first `num_keys` keys, in place, so that `append_gates` goes on from there with the same bits.
-
-    Args:
-        log_fgate: `(B, H, >= num_keys)` float32 nats, the gates that were appended; only those of the last block are
-            read.
-    """
-    block = num_keys // GATE_BLOCK
-    start = block * GATE_BLOCK
-    if num_keys > start:
-        # What is left of the block, once more.
-        append_gates(growing, log_fgate[..., start:num_keys], start)
 
 
 def forgetting_attention_decode(
@@ -167,6 +167,8 @@ def forgetting_attention_decode(
     num_keys = capacity if num_keys is None or length is not None else num_keys
     within, starts = gate_sums
     _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start)
+    if pruning_rule != "paper":
+        raise ValueError(f"pruning_rule must be 'paper' while decoding; got {pruning_rule!r}.")
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
     if log_pruning_tolerance is None:
         bound = None
@@ -286,66 +288,51 @@ def first_decoded_key(
 
 
 def _decode_on_cpu(q, k, v, sums, num_keys, first, scale) -> torch.Tensor:
-    """Key heads that start at the same key go through the products together; each reads its own keys and no others."""
-    batch, num_heads, num_queries, dim = q.shape
-    num_kv_heads = k.shape[1]
-    groups = num_heads // num_kv_heads
-    out = torch.empty_like(q)
-    per_kv_head = (batch, num_kv_heads, groups)
-    first = first.view(*per_kv_head, num_queries)
-    lowest = first.amin(dim=(2, 3)).clamp_(max=num_keys - num_queries)
-    within = sums.within.unflatten(2, per_kv_head[1:])
-    starts = sums.starts.unflatten(2, per_kv_head[1:])
-    q = q.unflatten(1, per_kv_head[1:])
-    mixed = out.view(q.shape) if out.is_contiguous() else torch.empty(q.shape, dtype=q.dtype)
-    for b, h, low in _equal_starts(lowest):
-        keys = slice(low, num_keys)
-        blocks = slice(low // GATE_BLOCK, (num_keys - 1) // GATE_BLOCK + 1)
-        mixed[b, h] = _attend(
-            q[b, h], k[b, h, keys], v[b, h, keys], within[:, b, h, :, keys], starts[:, b, h, :, blocks],
-            first[b, h], low, scale,
-        )  # fmt: skip
-    return out if out.is_contiguous() else out.copy_(mixed.view(out.shape))
+    """Key heads that start at the same key take one call of PyTorch's attention; each reads its own keys, no others.
 
-
-def _equal_starts(lowest: torch.Tensor):
-    """Indices into (B, H_kv) and the key to start from: everything at once if it is the same, else one by one."""
-    values = lowest.tolist()
-    if all(low == values[0][0] for row in values for low in row):
-        yield slice(None), slice(None), values[0][0]
-        return
-    for b, row in enumerate(values):
-        for h, low in enumerate(row):
-            yield slice(b, b + 1), slice(h, h + 1), low
-
-
-def _attend(q, k, v, within, starts, first, low, scale) -> torch.Tensor:
-    """Attention of `q (B, H_kv, G, T, D)` to `k, v (B, H_kv, W, D)`, the last W keys, from key `low` on.
-
-    `within (2, B, H_kv, G, W)` and `starts (2, B, H_kv, G, blocks)` are the sums of these keys; `first` is as `q`.
+    The decay is a mask of floats for it. lam_i - lam_j is split at the start of the key's block, so that float64 is
+    needed for one number in 128 only.
     """
-    num_queries, num_keys = q.shape[3], k.shape[2]
-    work = torch.promote_types(q.dtype, torch.float32)
-    offset = low % GATE_BLOCK
-    spread = starts.double().sum(dim=0).repeat_interleave(GATE_BLOCK, dim=-1)[..., offset : offset + num_keys]
-    running = within.double().sum(dim=0).add_(spread)
-    scores = (running[..., -num_queries:, None] - running[..., None, :]).to(work)  # decay, (B, H_kv, G, T, W)
-    flat = (scores.shape[0] * scores.shape[1], -1)
-    scores.view(*flat, num_keys).baddbmm_(
-        q.to(work).reshape(*flat, q.shape[-1]),
-        k.to(work).reshape(*flat, q.shape[-1]).transpose(1, 2),
-        alpha=scale * LOG2_E,
-    )
-    if num_queries > 1:
-        future = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
-        scores[..., -num_queries:].masked_fill_(future[:, -num_keys:], float("-inf"))
-    hidden = min(int(first.max()) - low, num_keys)
-    if hidden > 0:
-        past = torch.arange(low, low + hidden) < first[..., None]
-        scores[..., :hidden].masked_fill_(past, float("-inf"))
-    # A row without a visible key has only -inf: keep its exponent finite, its sum is then 0.
-    scores.sub_(scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).min))
-    weights = blockwise._exp2(scores)
-    total = weights.sum(dim=-1, keepdim=True).clamp_(min=torch.finfo(work).tiny)
-    mixed = torch.bmm(weights.view(*flat, num_keys), v.to(work).reshape(*flat, q.shape[-1]))
-    return mixed.view(q.shape).div_(total)
+    num_kv_heads, num_queries = k.shape[1], q.shape[2]
+    per_kv_head = (num_kv_heads, q.shape[1] // num_kv_heads)
+    within, starts = (x.unflatten(2, per_kv_head) for x in sums)
+    first = first.unflatten(1, per_kv_head)  # (B, H_kv, G, T), as the decay below
+    lowest, highest = first.amin(dim=(2, 3)).clamp_(max=num_keys - num_queries), first.amax(dim=(2, 3))
+    queries = torch.arange(num_keys - num_queries, num_keys)
+    # Decay up to the start of each block that any head needs, from the start of the block or at least of the first.
+    base = int(lowest.min()) // GATE_BLOCK
+    block_starts = starts[..., base : (num_keys - 1) // GATE_BLOCK + 1].double().sum(dim=0)
+    at_query = block_starts[..., queries // GATE_BLOCK - base] + within[..., queries].double().sum(dim=0)
+    from_start = (at_query[..., None] - block_starts[..., None, :]).float()  # (B, H_kv, G, T, blocks), bits
+    rows = q.unflatten(1, per_kv_head).flatten(2, 3)
+    out = torch.empty(first.shape + q.shape[-1:], dtype=q.dtype)
+    for heads, low, high in _equal_starts(lowest.tolist(), highest.tolist()):
+        block = low // GATE_BLOCK
+        spread = from_start[heads][..., block - base :, None].expand(*[-1] * 5, GATE_BLOCK).flatten(-2)
+        high_part, low_part = (x[heads][..., None, low:num_keys] for x in within)
+        decay = spread[..., low - block * GATE_BLOCK :][..., : num_keys - low] - high_part
+        decay.sub_(low_part).mul_(1.0 / LOG2_E)
+        if num_queries > 1:
+            future = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1)
+            decay[..., -num_queries:].masked_fill_(future, float("-inf"))
+        if high > low:
+            past = torch.arange(low, min(high, num_keys)) < first[heads][..., None]
+            decay[..., : past.shape[-1]].masked_fill_(past, float("-inf"))
+        mixed = F.scaled_dot_product_attention(
+            rows[heads], k[heads][..., low:num_keys, :], v[heads][..., low:num_keys, :], attn_mask=decay.flatten(2, 3),
+            scale=scale,
+        )  # fmt: skip
+        out[heads] = mixed.view(decay.shape[:-1] + q.shape[-1:])
+    if int(highest.max()) > num_keys - num_queries:  # a row of padding has seen nothing
+        out.masked_fill_((first > queries)[..., None], 0.0)
+    return torch.empty_like(q).copy_(out.flatten(1, 2))
+
+
+def _equal_starts(lowest: list[list[int]], highest: list[list[int]]):
+    """Indices into (B, H_kv), smallest and largest first key: of all if they start alike, else one after another."""
+    if all(low == lowest[0][0] for row in lowest for low in row):
+        yield (slice(None), slice(None)), lowest[0][0], max(map(max, highest))
+        return
+    for b, row in enumerate(lowest):
+        for h, low in enumerate(row):
+            yield (slice(b, b + 1), slice(h, h + 1)), low, highest[b][h]
