@@ -12,13 +12,21 @@ Importing this package is what makes Transformers know `model_type: "fox"`:
 ```
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto import modeling_auto, tokenization_auto
 
 from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
-from .modeling_fox import FoxForCausalLM, FoxForSequenceClassification, FoxModel, FoxPreTrainedModel
+from .modeling_fox import FoxForCausalLM, FoxModel, FoxPreTrainedModel
+from .modeling_heads_fox import FoxForQuestionAnswering, FoxForSequenceClassification, FoxForTokenClassification
 from .tokenization_fox import JSONGPT2Tokenizer
 
 # exist_ok: a second import of this package under another name, as in a notebook that reloads it, must not fail.
@@ -26,12 +34,16 @@ AutoConfig.register("fox", FoxConfig, exist_ok=True)
 AutoModel.register(FoxConfig, FoxModel, exist_ok=True)
 AutoModelForCausalLM.register(FoxConfig, FoxForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(FoxConfig, FoxForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(FoxConfig, FoxForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(FoxConfig, FoxForQuestionAnswering, exist_ok=True)
 
 # Parts of Transformers look the class name up here and not in the registries above. One of them is Trainer, which
 # would take the loss with label smoothing of unshifted labels for a class that it does not find.
 modeling_auto.MODEL_MAPPING_NAMES["fox"] = "FoxModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fox"] = "FoxForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForTokenClassification"
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["fox"] = "FoxForQuestionAnswering"
 
 # By its name only: FoX has no tokenizer of its own, so `AutoTokenizer.register(FoxConfig, ...)` would say too much.
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["JSONGPT2Tokenizer"] = JSONGPT2Tokenizer
@@ -40,7 +52,9 @@ __all__ = [
     "FoxConfig",
     "FoxDynamicLayer",
     "FoxForCausalLM",
+    "FoxForQuestionAnswering",
     "FoxForSequenceClassification",
+    "FoxForTokenClassification",
     "FoxModel",
     "FoxPreTrainedModel",
     "FoxStaticLayer",

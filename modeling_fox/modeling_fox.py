@@ -27,11 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_torchdynamo_compiling
@@ -526,70 +522,4 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         )
 
 
-@auto_docstring(
-    custom_intro="FoX with a linear classifier on the last token of each sequence, the only one that sees all of it."
-)
-class FoxForSequenceClassification(FoxPreTrainedModel):
-    def __init__(self, config: FoxConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = FoxModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        r"""
-        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Class of each sequence, or values for a regression (`config.problem_type`).
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        last = self._last_token(input_ids, hidden_states)
-        # Before the classifier: it is needed for one token of each sequence only.
-        logits = self.score(hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _last_token(self, input_ids: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | int:
-        """Index of the last token of each sequence that is not padding, `(B,)`; -1 if nothing tells padding apart."""
-        pad_token_id = self.config.pad_token_id
-        if pad_token_id is None and hidden_states.shape[0] != 1:
-            raise ValueError(
-                f"`pad_token_id` must be set to classify a batch of {hidden_states.shape[0]} sequences; got None. "
-                "Set `model.config.pad_token_id` to that of the tokenizer, or pass one sequence at a time."
-            )
-        if pad_token_id is None or input_ids is None:
-            return -1
-        position = torch.arange(input_ids.shape[1], device=hidden_states.device)
-        return (position * (input_ids != pad_token_id).to(position)).argmax(dim=-1)
-
-
-__all__ = ["FoxForCausalLM", "FoxForSequenceClassification", "FoxModel", "FoxPreTrainedModel"]
+__all__ = ["FoxForCausalLM", "FoxModel", "FoxPreTrainedModel"]

@@ -92,6 +92,9 @@ def test_auto_classes_know_fox(tmp_path):
 def test_name_tables_and_cache_tables_know_fox():
     assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fox"] == "FoxForCausalLM"
     assert modeling_auto.MODEL_MAPPING_NAMES["fox"] == "FoxModel"
+    assert modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["fox"] == "FoxForSequenceClassification"
+    assert modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["fox"] == "FoxForTokenClassification"
+    assert modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["fox"] == "FoxForQuestionAnswering"
     assert DYNAMIC_LAYER_TYPE_MAPPING["forgetting_attention"].__name__ == "FoxDynamicLayer"
     assert STATIC_LAYER_TYPE_MAPPING["forgetting_attention"].__name__ == "FoxStaticLayer"
 
