@@ -38,6 +38,7 @@ from transformers.utils.import_utils import is_tracing
 
 try:
     from fox_kernels import forgetting_attention
+    from fox_kernels.decode import MAX_DECODE_QUERIES, forgetting_attention_decode
 except ImportError:
     forgetting_attention = None
 
@@ -49,9 +50,11 @@ KERNELS_MISSING = (
     "`pip install 'fox-transformers[kernels]'`, or use 'sdpa', which computes the same without pruning."
 )
 
-# Decoding: up to this many keys one token takes a plain row of scores and prunes nothing. Generating 200 tokens with
-# six layers on an H100 went from 19 to 54 tokens/s, much of it for kernels that need not be compiled.
-ONE_QUERY_KEYS = 4096
+# Decoding: up to this many keys one token takes a plain row of scores and prunes nothing. A step of two layers of 12
+# heads on one CPU core takes 14 ms so and 25 ms from the running sums at 1024 keys, 34 and 27 ms at 4096, 61 and 40 ms
+# at 16384 (pruned at log eps = -10). On an H100 a row took six layers from 19 to 54 tokens/s, much of it for kernels
+# that need not be compiled.
+ONE_QUERY_KEYS = 2048
 
 # Products in fp16 must stay below 65504. A factor of 1024 on the query side lets the first channel of a key stand
 # for decays up to 8e6 nats; the two channels after it hold what rounding to 11 bits left over.
@@ -289,6 +292,13 @@ def flex_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def decodes_from_sums(query, document_starts, cache_layer) -> bool:
+    """Whether the running sums in the cache stand for the gates: a few tokens of one document, without gradients."""
+    if not hasattr(cache_layer, "gate_sums") or document_starts is not None or is_tracing(query):
+        return False
+    return query.shape[2] <= MAX_DECODE_QUERIES and not (torch.is_grad_enabled() and query.requires_grad)
+
+
 def fox_acp_attention_forward(
     module,
     query,
@@ -299,6 +309,7 @@ def fox_acp_attention_forward(
     log_fgate,
     document_starts=None,
     num_keys=None,
+    cache_layer=None,
     **kwargs,
 ):
     """`fox_kernels.forgetting_attention`, with adaptive computation pruning if the config asks for it.
@@ -307,6 +318,8 @@ def fox_acp_attention_forward(
         attention_mask: What `fox_acp_mask` returned: `None`, `(B,)` the first real token of each sequence, or a 4D
             mask. The operator takes no 4D mask; `sdpa` then computes the same without pruning.
         num_keys: Keys in use in a static cache, 0 if that is unknown while compiling; `None` means all.
+        cache_layer: Where the keys are from; one that has `gate_sums` lets a few tokens decode without a look at all
+            of the past.
     """
     sink = getattr(module, "pruning_sink", None)
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -331,6 +344,20 @@ def fox_acp_attention_forward(
             visible = visible.to(query.dtype)[:, None, None]
         return attend_one_query(query, key, value, visible, scaling, log_fgate), None
     tolerance = module.config.log_pruning_tolerance
+    bound = None if tolerance is None else module.logit_bound(query.shape[1], query.dtype)
+    if sink is None and decodes_from_sums(query, document_starts, cache_layer):
+        # A bound would have to be measured on all keys: without QK-norm nothing is pruned here.
+        out = forgetting_attention_decode(
+            query,
+            key,
+            value,
+            cache_layer.gate_sums(),
+            scale=scaling,
+            log_pruning_tolerance=None if bound is None else tolerance,
+            logit_bound=bound,
+            key_start=attention_mask,
+        )
+        return out.transpose(1, 2), None
     out = forgetting_attention(
         query,
         key,
@@ -339,7 +366,7 @@ def fox_acp_attention_forward(
         scale=scaling,
         log_pruning_tolerance=tolerance,
         pruning_rule=module.config.pruning_rule,
-        logit_bound=None if tolerance is None else module.logit_bound(query.shape[1], query.dtype),
+        logit_bound=bound,
         key_start=attention_mask,
         return_stats=sink is not None,
     )

@@ -246,6 +246,7 @@ class FoxAttention(nn.Module):
             scaling=self.scaling,
             log_fgate=log_fgate,
             document_starts=document_starts,
+            cache_layer=cache_layer,
             **kwargs,
         )
         if self.output_norm is not None:

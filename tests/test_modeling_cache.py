@@ -1,12 +1,18 @@
 """The caches: decoding with one equals the parallel forward, whatever is done to it in between."""
 
+import copy
+import math
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from fox_kernels.decode import forgetting_attention_decode
+from fox_kernels.gates import gate_sums
 from helpers import random_tokens, tiny_fox
-from modeling_fox import FoxDynamicLayer, FoxStaticLayer
+from modeling_fox import FoxDynamicLayer, FoxStaticLayer, attention_fox
+from modeling_fox.cache_fox import GrowingMemory
 
 BACKENDS = ["eager", "sdpa", "fox_acp"]
 VARIANTS = {
@@ -204,3 +210,122 @@ def test_a_cache_built_without_config_is_filled_while_empty_and_refused_after():
     assert type(foreign.layers[0]) is DynamicLayer
     with pytest.raises(ValueError, match="`past_key_values` must hold forget gates beside keys and values; got a Dyn"):
         model(tokens, past_key_values=foreign)
+
+
+@torch.no_grad()
+def test_tokens_are_appended_in_place_until_the_room_is_used_up():
+    memory, kept, expected = GrowingMemory(-2), None, torch.zeros(2, 3, 0, 4)
+    places = set()
+    for length in [5] + [1] * 200 + [90, 1]:
+        new = torch.randn(2, 3, length, 4)
+        kept = memory.append(kept, new)
+        expected = torch.cat([expected, new], dim=-2)
+        assert torch.equal(kept, expected)
+        places.add(kept.data_ptr())
+    # Where the prompt was, then memory with room for 64 more each time.
+    assert len(places) <= 1 + 5
+
+
+@torch.no_grad()
+def test_a_shallow_copy_of_a_layer_goes_on_by_itself():
+    layer = FoxDynamicLayer()
+    for length in (3, 1):
+        layer.update(*torch.ones(2, 1, 2, length, 4))
+    twin = copy.copy(layer)
+    layer.update(*torch.full((2, 1, 2, 1, 4), 2.0))
+    twin.update(*torch.full((2, 1, 2, 1, 4), 3.0))
+    layer.update(*torch.full((2, 1, 2, 1, 4), 4.0))
+    assert layer.keys[0, 0, :, 0].tolist() == layer.values[0, 1, :, 3].tolist() == [1.0, 1.0, 1.0, 1.0, 2.0, 4.0]
+    assert twin.keys[0, 0, :, 0].tolist() == twin.values[0, 1, :, 3].tolist() == [1.0, 1.0, 1.0, 1.0, 3.0]
+
+
+def test_with_gradients_nothing_is_written_over():
+    layer, new = FoxDynamicLayer(), torch.ones(1, 2, 1, 4, requires_grad=True)
+    with torch.no_grad():
+        for length in (3, 1):
+            layer.update(*torch.ones(2, 1, 2, length, 4))
+    keys, _ = layer.update(new, new)
+    squares = keys.square().sum()
+    with torch.no_grad():
+        layer.update(*torch.ones(2, 1, 2, 1, 4))
+    squares.backward()
+    assert torch.equal(new.grad, torch.full_like(new, 2.0))
+
+
+def test_memory_of_inference_mode_is_not_written_to_outside_of_it():
+    layer = FoxDynamicLayer()
+    with torch.inference_mode():
+        for length in (3, 1):
+            layer.update(*torch.ones(2, 1, 2, length, 4))
+            layer.update_gate(torch.full((1, 2, length), -1.0))
+        layer.gate_sums()
+    with torch.no_grad():
+        layer.update(*torch.ones(2, 1, 2, 1, 4))
+        layer.update_gate(torch.full((1, 2, 1), -1.0))
+        assert layer.keys.shape == (1, 2, 5, 4)
+        assert layer.gate_sums().running()[0, 0, 4] * math.log(2.0) == pytest.approx(-5.0)
+
+
+@torch.no_grad()
+def test_sums_beside_the_gates_have_the_bits_of_all_gates_summed_at_once():
+    layer = FoxDynamicLayer()
+
+    def feed(length):
+        batch = 1 if layer.keys is None else layer.keys.shape[0]
+        layer.update(*torch.zeros(2, batch, 1, length, 4))
+        layer.update_gate(torch.nn.functional.logsigmoid(5 * torch.randn(batch, 2, length)))
+
+    def check():
+        sums, whole = layer.gate_sums(), gate_sums(layer.log_fgate)
+        length = layer.log_fgate.shape[-1]
+        assert torch.equal(sums.within[..., :length], whole.within)
+        assert torch.equal(sums.starts[..., : whole.starts.shape[-1]], whole.starts)
+
+    feed(200)
+    check()
+    for _ in range(70):
+        feed(1)
+    check()
+    layer.activate_past_recording()
+    for removed in (3, 20, 150):  # within a block, across one, and more than one
+        feed(30)
+        check()
+        layer.crop(-removed)
+        feed(2)
+        check()
+    layer.batch_repeat_interleave(3)
+    feed(1)
+    check()
+    layer.reorder_cache(torch.tensor([2, 0, 1]))
+    feed(1)
+    check()
+    layer.batch_select_indices(torch.tensor([1]))
+    feed(400)
+    check()
+    layer.reset()
+    feed(5)
+    check()
+    # To the sums this would be a closed gate, which they leave out.
+    layer.update(*torch.zeros(2, 1, 1, 1, 4))
+    layer.update_gate(torch.full((1, 2, 1), -2e4))
+    assert layer.gate_sums().running()[0, 0, 5] < -9000.0
+
+
+@pytest.mark.parametrize("chunks", [[60] + [1] * 20, [60, 4, 1, 15], [50, 16, 14]], ids=str)
+@pytest.mark.parametrize("tolerance", [None, -12.0])
+def test_fox_acp_decodes_from_sums(tolerance, chunks, monkeypatch):
+    monkeypatch.setattr(attention_fox, "ONE_QUERY_KEYS", 0)
+    calls = []
+
+    def decode_and_count(*args, **kwargs):
+        calls.append(kwargs)
+        return forgetting_attention_decode(*args, **kwargs)
+
+    monkeypatch.setattr(attention_fox, "forgetting_attention_decode", decode_and_count)
+    model = tiny_fox(attn_implementation="fox_acp", log_pruning_tolerance=tolerance)
+    tokens, mask = left_padded(length=80)
+    got = decode(model, tokens, mask, chunks, new_cache("dynamic", model))
+    assert len(calls) == 2 * sum(length <= 16 for length in chunks)
+    assert all((call["logit_bound"] is None) == (tolerance is None) for call in calls)
+    difference = got - parallel(model, tokens, mask)
+    assert difference[mask.bool()].abs().max() < 1e-4
