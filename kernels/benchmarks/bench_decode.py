@@ -2,13 +2,15 @@
 
     python kernels/benchmarks/bench_decode.py                       the whole workload, rows to decode_results.csv
     python kernels/benchmarks/bench_decode.py --shapes 1,16,16,131072,64 --csv /tmp/try.csv
-    python kernels/benchmarks/bench_decode.py --sweep               also every tile size, printed, not written
+    python kernels/benchmarks/bench_decode.py --sweep               also other tile sizes, printed, not written
     python kernels/benchmarks/bench_decode.py --skip-tests          no tests first; the rows say so
 
 The workload is that of bench_forgetting_attention.py, with `queries` new tokens at the end. The floor of a row is the
 time that a device copy takes for as many bytes as the keys and values that survive: a copy of 1 GiB is timed in the
-same run, and counts what it reads and what it writes. A dense contender reads all of them. "fox+append" also adds the
-gates of the new tokens to the sums, as a model does. The operator's GPU tests run first: a wrong kernel gets no time.
+same run, and counts what it reads and what it writes. A dense contender reads all of them. "+append" also adds the
+gates of the new tokens to the sums, as a model does. Every call is timed twice: as it is ("eager"), where launching
+may take longer than computing, and replayed from a CUDA graph ("graph"), as a serving loop runs it; both with a cold
+L2 cache. The operator's GPU tests run first: a wrong kernel gets no time.
 """
 
 import argparse
@@ -34,8 +36,8 @@ from fox_kernels.pruning import paper_budget  # noqa: E402
 SHAPES = ["1,24,24,16384,64", "8,24,24,16384,64", "1,16,16,131072,64", "1,32,8,131072,128", "1,16,16,1000000,64"]
 LOG_TOLERANCE = -10.0
 COLUMNS = [
-    "op", "batch", "heads", "kv_heads", "keys", "head_dim", "queries", "dtype", "pruned_fraction", "p20_ms", "p50_ms",
-    "p80_ms", "floor_ms", "over_floor", "gpu", "torch", "triton", "commit", "tested", "date",
+    "op", "mode", "batch", "heads", "kv_heads", "keys", "head_dim", "queries", "dtype", "pruned_fraction", "p20_ms",
+    "p50_ms", "p80_ms", "floor_ms", "over_floor", "gpu", "torch", "triton", "commit", "tested", "date",
 ]  # fmt: skip
 
 
@@ -54,6 +56,18 @@ def workload(batch, heads, kv_heads, keys, head_dim, queries):
 
 def quantiles(function):
     return triton.testing.do_bench(function, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
+
+
+def captured(function):
+    """`function` as a CUDA graph, to be called for a replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def bytes_per_ms():
@@ -99,23 +113,19 @@ def survivors(q, k, growing, bound):
 
 
 def sweep(q, k, v, growing, bound):
-    """Every tile size, best first."""
+    """Print the best tile sizes, all keys read and pruned, from a CUDA graph."""
     arguments = q, k, v, growing.sums, k.shape[2], None, q.shape[-1] ** -0.5
     chosen = triton_decode.decode_tiles(q.shape[-1], 2, 90, q.shape[1] // k.shape[1] * q.shape[2])
     times = []
-    for block_s, warps, stages, per_sm in itertools.product((16, 32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4)):
-        if not 8192 <= 4 * block_s * q.shape[-1] <= 65536:
-            continue
-        tiles = triton_decode.DecodeTiles(chosen.block_r, block_s, warps, stages, per_sm)
+    for block_s, stages, per_sm in itertools.product((32, 64, 128), (3, 4, 5), (1, 2, 3, 4)):
+        tiles = triton_decode.DecodeTiles(chosen.block_r, block_s, 4, stages, per_sm)
         try:
             for name, pruning in (
                 ("all", {}),
                 ("acp", dict(logit_bound=bound, budget=paper_budget(k.shape[2], -10.0))),
             ):
-                p50 = triton.testing.do_bench(
-                    partial(triton_decode.forward, *arguments, **pruning, tiles=tiles), 10, 40, return_mode="median"
-                )
-                times.append((name, p50, tiles))
+                function = captured(partial(triton_decode.forward, *arguments, **pruning, tiles=tiles))
+                times.append((name, triton.testing.do_bench(function, 10, 40, return_mode="median"), tiles))
         except triton.runtime.errors.OutOfResources:
             continue
     for name in ("all", "acp"):
@@ -129,18 +139,16 @@ def bench(shape, queries, rate, options, common):
     functions, bound = contenders(q, k, v, gates, growing)
     share = survivors(q, k, growing, bound)
     rows = []
-    for op, function in functions.items():
-        p20, p50, p80 = quantiles(function)
+    for (op, function), mode in itertools.product(functions.items(), ("eager", "graph")):
+        p20, p50, p80 = quantiles(function if mode == "eager" else captured(function))
         read = share if "acp" in op else 1.0
         floor = read * 2 * k.numel() * k.element_size() / rate
-        print(
-            f"{shape!s:30} {op:22} {p50:8.4f} ms  floor {floor:.4f}  {p50 / floor:5.2f} x  ({read:.1%} read)",
-            flush=True,
-        )
+        over = f"floor {floor:.4f}  {p50 / floor:5.2f} x  ({read:.1%} read)"
+        print(f"{shape!s:30} {op:22} {mode} {p50:8.4f} ms  {over}", flush=True)
         rows.append(
             {
-                "op": op, "batch": batch, "heads": heads, "kv_heads": kv_heads, "keys": keys, "head_dim": head_dim,
-                "queries": queries, "dtype": "bfloat16", "pruned_fraction": round(1.0 - read, 4),
+                "op": op, "mode": mode, "batch": batch, "heads": heads, "kv_heads": kv_heads, "keys": keys,
+                "head_dim": head_dim, "queries": queries, "dtype": "bfloat16", "pruned_fraction": round(1.0 - read, 4),
                 "p20_ms": round(p20, 5), "p50_ms": round(p50, 5), "p80_ms": round(p80, 5),
                 "floor_ms": round(floor, 5), "over_floor": round(p50 / floor, 3), **common,
             }
@@ -157,7 +165,7 @@ def main():
     parser.add_argument(
         "--csv", default=ROOT / "kernels" / "benchmarks" / "decode_results.csv", type=Path, help="rows are appended"
     )
-    parser.add_argument("--sweep", action="store_true", help="also time every tile size and print the best")
+    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes and print the best")
     parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
     parser.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
     options = parser.parse_args()

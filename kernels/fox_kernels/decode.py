@@ -183,9 +183,10 @@ def forgetting_attention_decode(
     q, k, v, within, starts = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, within, starts))
     first_key = None if first_key is None else first_key.contiguous()
     tolerance = 0.0 if log_pruning_tolerance is None else float(log_pruning_tolerance)
-    return _forgetting_attention_decode(
-        q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance
-    )
+    # The op is for compilers: going through the dispatcher takes 90 of 250 us of a call with nothing to compute.
+    decode = _decode_op if torch.compiler.is_compiling() else _decode
+    with torch.no_grad():
+        return decode(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance)
 
 
 def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
@@ -216,8 +217,7 @@ def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
         )
 
 
-@torch.library.custom_op("fox_kernels::forgetting_attention_decode", mutates_args=(), device_types=("cpu", "cuda"))
-def _forgetting_attention_decode(
+def _decode(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -245,7 +245,12 @@ def _forgetting_attention_decode(
     )  # fmt: skip
 
 
-@_forgetting_attention_decode.register_fake
+_decode_op = torch.library.custom_op(
+    "fox_kernels::forgetting_attention_decode", _decode, mutates_args=(), device_types=("cpu", "cuda")
+)
+
+
+@_decode_op.register_fake
 def _(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance):
     return torch.empty_like(q)
 
