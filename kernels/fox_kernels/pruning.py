@@ -24,6 +24,17 @@ PRUNING_BLOCK_S = 64
 
 PRUNING_RULES = ("paper",)
 
+# The tight rule asks for this much more than it needs, nats, for all its roundings but those of products q . k. These
+# it bounds by DOT_ERROR * |scale| ||q|| ||k||: tf32 loses 2**-9 of it, 256 sums in float32 on tensor cores 2**-14.
+TIGHT_SLACK = 2.0**-5
+DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
+
+# Blocks of keys that the tight rule must be able to win before it looks at scores.
+MIN_GAIN = 2
+_NORM_CHUNK = 1024  # keys that share a largest norm
+_BLOCKS_AT_ONCE = 4  # of keys: fewer Python steps, and up to 3 blocks tested for nothing
+_MAX_SCORES = 1 << 21  # in memory at a time
+
 # The paper's rule takes its threshold this much lower, relative: the float32 norms of up to 256 channels and the
 # threshold's own operations are off by less than 2**-20, the running sums by 2**-47 of themselves.
 PAPER_SLACK = 2.0**-16
@@ -55,7 +66,8 @@ def prune(
 ) -> torch.Tensor:
     """First key that each query attends to after pruning, `(B, H, T)` int32, `>= first_visible`, never decreasing.
 
-    On a GPU one kernel, or two where the bound has to be measured, and nothing waits for the device.
+    On a GPU one kernel for the paper's rule and two for the tight one, one more where the bound has to be measured.
+    Nothing waits for the device.
 
     Args:
         q: `(B, H, T, D)`, last dimension contiguous.
@@ -67,14 +79,185 @@ def prune(
         log_tolerance: Log of the attention mass that a row may lose.
         logit_bound: At least every `|scale * q . k|`, nats; expands to `(B, H)`. None: measured.
     """
+    tensors = (q, k, sums, first_visible, key_start)
+    options = dict(scale=scale, log_tolerance=log_tolerance, logit_bound=logit_bound)
     if q.device.type == "cuda" and triton_pruning is not None:
-        return triton_pruning.paper_rule(
-            q, k, sums, first_visible, key_start, scale=scale, log_tolerance=log_tolerance, logit_bound=logit_bound
-        )
+        if rule == "tight":
+            return triton_pruning.tight_rule(*tensors, **options)[0]
+        return triton_pruning.paper_rule(*tensors, **options)
+    if rule == "tight":
+        return _expand_to_rows(tight_rule(*tensors, **options)[0], first_visible, k.shape[2])
     if logit_bound is None:
         logit_bound = measured_logit_bound(q, k, scale, key_start)
     threshold = pruning_threshold(logit_bound.expand(q.shape[:2]), k.shape[2], log_tolerance)
     return first_kept_key(sums, first_visible, threshold)
+
+
+class _QueryBlocks:
+    """Positions and running sums (bits, float64) of the blocks of queries; M blocks, N blocks of keys."""
+
+    def __init__(self, sums: GateSums, first_visible: torch.Tensor):
+        self.num_keys, self.num_queries = sums.within.shape[-1], first_visible.shape[-1]
+        self.first_visible = first_visible  # (B, H, T)
+        self.running = sums.running()  # (B, H, S)
+        self.at_block_end = self.running[..., PRUNING_BLOCK_S - 1 :: PRUNING_BLOCK_S].contiguous()  # (B, H, N)
+        self.first = torch.arange(
+            self.num_keys - self.num_queries, self.num_keys, PRUNING_BLOCK_T, device=first_visible.device
+        )  # (M,)
+        self.at_first = self.running[..., self.first]  # (B, H, M)
+        # Log of the sum of exp2(-lam) over all keys up to each block's end, at most; bits, (B, H, N).
+        self.log_prefix = torch.logcumsumexp(-self.at_block_end / LOG2_E, dim=-1) * LOG2_E + math.log2(PRUNING_BLOCK_S)
+
+    def ends_below(self, limit: torch.Tensor) -> torch.Tensor:
+        """How many blocks of keys have decayed below `limit`, bits, at each block's first query, `(B, H, M)` int64."""
+        limit = limit.double() - self.at_first
+        return torch.minimum(torch.searchsorted(-self.at_block_end, limit), self.first // PRUNING_BLOCK_S)
+
+    def largest_of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Largest of every block's rows: `(B, H, T)`, not negative, to `(B, H, M)`."""
+        pad = len(self.first) * PRUNING_BLOCK_T - self.num_queries
+        return torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, PRUNING_BLOCK_T)).amax(dim=-1)
+
+
+def tight_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    sums: GateSums,
+    first_visible: torch.Tensor,
+    key_start: torch.Tensor | None,
+    *,
+    scale: float,
+    log_tolerance: float,
+    logit_bound: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of keys that each block of queries drops under the tight rule, and the mass that a row of it can lose.
+
+    What the paper's rule drops with the norms of the block's own rows is dropped. Where more is left to win, the rule
+    adds up the mass of one block of keys after the other, from the scores themselves, until eps is spent; it starts
+    where a bound without scores ends. Theorem and proof: kernels/README.md. Arguments: see `prune`.
+
+    Returns:
+        `(B, H, M)` int64 and `(B, H, M)` float32, for M blocks of `PRUNING_BLOCK_T` queries.
+    """
+    blocks = _QueryBlocks(sums, first_visible)
+    row_bound = _row_bounds(q, k, scale, key_start, logit_bound, blocks)
+    block_bound = blocks.largest_of_rows(row_bound)
+    hidden = first_visible[..., ::PRUNING_BLOCK_T].long() // PRUNING_BLOCK_S
+    dropped = blocks.ends_below(pruning_threshold(block_bound, k.shape[2], log_tolerance) * LOG2_E)
+    # So many keys as near as the nearest of them. What is hidden has no mass.
+    nearest = blocks.running.gather(-1, (dropped * PRUNING_BLOCK_S - 1).clamp_(min=0))
+    mass = dropped * PRUNING_BLOCK_S * torch.exp2(2 * LOG2_E * block_bound + (blocks.at_first - nearest).float())
+    mass = torch.where(dropped > hidden, mass, 0.0)
+    dropped = torch.maximum(dropped, hidden)
+    # Decay alone hides a block from an average row; nothing in the proof depends on this guess.
+    possible = blocks.ends_below(torch.full_like(block_bound, log_tolerance * LOG2_E))
+    worth = (possible - dropped >= MIN_GAIN) & block_bound.isfinite()
+    at_once = max(1, _MAX_SCORES // (PRUNING_BLOCK_T * PRUNING_BLOCK_S * _BLOCKS_AT_ONCE))
+    for index in worth.nonzero().split(at_once):
+        tested, spent = _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance)
+        b, h, m = index.unbind(1)
+        better = tested > dropped[b, h, m]
+        dropped[b, h, m] = torch.where(better, tested, dropped[b, h, m])
+        mass[b, h, m] = torch.where(better, spent, mass[b, h, m])
+    return dropped, mass
+
+
+def _row_bounds(q, k, scale, key_start, logit_bound, blocks) -> torch.Tensor:
+    """At least every `|scale * q_i . k_j|` of row i, nats, `(B, H, T)` float32."""
+    batch, num_heads, num_queries, _ = q.shape
+    if logit_bound is not None:
+        return logit_bound.float().expand(batch, num_heads)[..., None].expand(batch, num_heads, num_queries)
+    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (q, k))
+    if key_start is not None:
+        padding = torch.arange(k.shape[2], device=k.device) < key_start[:, None, None]
+        k_norm = k_norm.masked_fill(padding, 0.0)
+        q_norm = q_norm.masked_fill(padding[..., k.shape[2] - num_queries :], 0.0)
+    k_norm = torch.nn.functional.pad(k_norm, (0, -k.shape[2] % _NORM_CHUNK)).unflatten(-1, (-1, _NORM_CHUNK))
+    largest = k_norm.amax(dim=-1).cummax(dim=-1).values.repeat_interleave(num_heads // k.shape[1], dim=1)
+    last = (blocks.first + PRUNING_BLOCK_T).clamp_(max=blocks.num_keys) - 1
+    block_of_query = torch.arange(num_queries, device=q.device) // PRUNING_BLOCK_T
+    # The norms are off by less than 2**-16 each.
+    return abs(scale) * (1.0 + PAPER_SLACK) * q_norm * largest[..., (last // _NORM_CHUNK)[block_of_query]]
+
+
+def _keys(k, head, index, position, first_visible):
+    """Keys at the positions `(A, W)` of A blocks of queries, `(A, W, D)` float32, 0 where they are not visible."""
+    keys = k[index[:, 0, None], head[:, None], position.clamp(0, k.shape[2] - 1)].float()
+    visible = (position >= first_visible[:, None]) & (position < k.shape[2])
+    return keys.masked_fill_(~visible[..., None], 0.0)
+
+
+def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
+    """Blocks of keys that A blocks of queries may drop, and the mass in them: `(A,)` int64 and float32.
+
+    Args:
+        hidden: `(B, H, M)` blocks of keys before the first visible one.
+        index: `(A, 3)`: batch, head and number of each block of queries.
+    """
+    b, h, m = index.unbind(1)
+    head = h // (q.shape[1] // k.shape[1])
+    offset = blocks.num_keys - blocks.num_queries
+    scale_bits = scale * LOG2_E
+    dot_error = abs(scale_bits) * DOT_ERROR[q.dtype]
+    log_eps = (log_tolerance - TIGHT_SLACK) * LOG2_E
+
+    # 1. The rows, (A, R). What a row does not see, or is padding, has no mass to lose.
+    position = blocks.first[m, None] + torch.arange(PRUNING_BLOCK_T, device=q.device)
+    t = (position - offset).clamp_(max=blocks.num_queries - 1)
+    row_first = blocks.first_visible[b[:, None], h[:, None], t]
+    empty = (row_first > position) | (position >= blocks.num_keys)
+    rows = q[b[:, None], h[:, None], t].float().masked_fill_(empty[..., None], 0.0)
+    q_norm = rows.norm(dim=-1)
+    lam_first = blocks.at_first[b, h, m]  # (A,)
+    lam = blocks.running[b[:, None], h[:, None], t + offset]
+
+    # 2. At most so much is the log of the sum of a row's weights, from the nearest keys; its largest error; bits.
+    near = blocks.first[m, None] - PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S + PRUNING_BLOCK_T, device=q.device)
+    keys = _keys(k, head, index, near, row_first[:, 0])
+    scores = rows @ keys.transpose(1, 2) * scale_bits
+    lam_near = blocks.running[b[:, None], h[:, None], near.clamp(0, blocks.num_keys - 1)]
+    scores += (lam[..., None] - lam_near[:, None]).float()
+    scores.masked_fill_((near[:, None] > position[..., None]) | (near[:, None] < row_first[..., None]), float("-inf"))
+    largest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    lse = scores.sub_(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
+    lse -= dot_error * q_norm * keys.norm(dim=-1).amax(dim=-1, keepdim=True)
+    # A row weighs a key l by exp2(score + to_row + lam_first - lam_l).
+    to_row = ((lam - lam_first[:, None]).float() - lse).masked_fill_(empty, float("-inf"))
+
+    # 3. Without scores: the bound of the row on every key, and 64 keys for every block. It may spend half of eps.
+    reach = to_row + row_bound[b[:, None], h[:, None], t] * LOG2_E
+    prefix = blocks.log_prefix[b, h] + lam_first[:, None]  # (A, N)
+    limit = log_eps - 1.0 - reach.amax(dim=-1).double()
+    end = blocks.first[m] // PRUNING_BLOCK_S
+    start = torch.searchsorted(prefix, limit[:, None], right=True)[:, 0].minimum(end)
+    before = prefix.gather(1, (start[:, None] - 1).clamp_(min=0)).float()
+    spent = torch.where(start[:, None] > hidden[b, h, m, None], torch.exp2(reach + before), 0.0)
+    dropped = torch.maximum(start, hidden[b, h, m])
+
+    # 4. With scores, block after block, until eps is spent.
+    active = (dropped < end).nonzero()[:, 0]
+    width = _BLOCKS_AT_ONCE
+    while len(active):
+        first = dropped[active]
+        at = first[:, None] * PRUNING_BLOCK_S + torch.arange(width * PRUNING_BLOCK_S, device=q.device)
+        keys = _keys(k, head[active], index[active], at, row_first[active, 0])
+        decay = (
+            lam_first[active, None]
+            - blocks.running[b[active, None], h[active, None], at.clamp(max=blocks.num_keys - 1)]
+        )
+        weights = torch.baddbmm(decay.float()[:, None], rows[active], keys.transpose(1, 2), alpha=scale_bits)
+        weights = weights.add_(to_row[active, :, None]).exp2_().unflatten(-1, (width, PRUNING_BLOCK_S)).sum(dim=-1)
+        k_norm = keys.norm(dim=-1).unflatten(-1, (width, PRUNING_BLOCK_S)).amax(dim=-1)  # (A, width)
+        weights *= torch.exp2(dot_error * q_norm[active, :, None] * k_norm[:, None])
+        total = spent[active, :, None] + weights.cumsum(dim=-1)
+        passes = (total <= 2.0**log_eps).all(dim=1)
+        passes &= first[:, None] + torch.arange(width, device=q.device) < end[active, None]
+        count = passes.long().cumprod(dim=-1).sum(dim=-1)
+        last = (count - 1).clamp(min=0)[:, None, None].expand(-1, total.shape[1], 1)
+        spent[active] = torch.where(count[:, None] > 0, total.gather(-1, last)[..., 0], spent[active])
+        dropped[active] += count
+        active = active[count == width]
+    return dropped, spent.amax(dim=-1)
 
 
 def measured_logit_bound(
@@ -142,6 +325,7 @@ def _expand_to_rows(num_dropped: torch.Tensor, first_visible: torch.Tensor, num_
     # A block that reaches past its first query holds a decay of 0: never drop it, whatever the gates are.
     first_query = torch.arange(num_keys - num_queries, num_keys, PRUNING_BLOCK_T, device=device)
     num_dropped = torch.minimum(num_dropped, first_query // PRUNING_BLOCK_S)
+    num_dropped = num_dropped.flip(-1).cummin(dim=-1).values.flip(-1)  # fewer are as safe, and the order must hold
     kept = (num_dropped * PRUNING_BLOCK_S).to(torch.int32)
     block_of_query = torch.arange(num_queries, device=device) // PRUNING_BLOCK_T
     return torch.maximum(first_visible, kept[..., block_of_query]).contiguous()
@@ -163,6 +347,14 @@ def statistics(
     """What `prune` did, from its arguments and its result; a `log_tolerance` of None means that it was not called."""
     if log_tolerance is None:
         return pruning_stats(sums, first_visible, first_key, None)
+    if rule == "tight":
+        on_gpu = q.device.type == "cuda" and triton_pruning is not None
+        _, mass = (triton_pruning.tight_rule if on_gpu else tight_rule)(
+            q, k, sums, first_visible, key_start, scale=scale, log_tolerance=log_tolerance, logit_bound=logit_bound
+        )
+        # The sums can be short by their roundings, and the proof allows eps and no more.
+        bound = (mass.amax(dim=(0, 2)) * math.exp(TIGHT_SLACK)).clamp_(max=math.exp(log_tolerance))
+        return pruning_stats(sums, first_visible, first_key, None)._replace(lost_mass_bound=bound)
     if logit_bound is None:
         logit_bound = measured_logit_bound(q, k, scale, key_start)
     return pruning_stats(sums, first_visible, first_key, logit_bound.expand(q.shape[:2]))
