@@ -323,10 +323,14 @@ def test_gpu_decoding_replays_from_a_cuda_graph_at_growing_length(tolerance):
         return forgetting_attention_decode(query, k, v, growing.sums, num_keys=length, **options)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
+    # Back to the prompt: from the start of its last block.
     length.fill_(prompt)
+    start = prompt // GATE_BLOCK * GATE_BLOCK
+    append_gates(growing, log_fgate[..., start:prompt], start)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

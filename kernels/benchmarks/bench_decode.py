@@ -61,6 +61,7 @@ def quantiles(function):
 def captured(function):
     """`function` as a CUDA graph, to be called for a replay."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()
     torch.cuda.synchronize()
