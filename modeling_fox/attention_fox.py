@@ -346,7 +346,8 @@ def fox_acp_attention_forward(
     tolerance = module.config.log_pruning_tolerance
     bound = None if tolerance is None else module.logit_bound(query.shape[1], query.dtype)
     if sink is None and decodes_from_sums(query, document_starts, cache_layer):
-        # A bound would have to be measured on all keys: without QK-norm nothing is pruned here.
+        # By the paper's rule, whatever the config says: it alone needs no look at the keys. Nor can a bound be
+        # measured on them, so that without QK-norm nothing is pruned.
         out = forgetting_attention_decode(
             query,
             key,
