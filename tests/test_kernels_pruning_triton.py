@@ -31,10 +31,6 @@ SHAPES = [
 ]
 
 
-def on_cpu(*tensors):
-    return [None if x is None else x.cpu() for x in tensors]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("measured", [False, True], ids=["bound-given", "bound-measured"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -164,3 +160,21 @@ def test_tight_rule_keeps_the_order_of_keys_whatever_the_gates(device, poisoned_
     assert (got.diff(dim=-1) >= 0).all()
     assert (got > 0).any()
     assert (got <= torch.arange(1300, device=device)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_tolerance_that_float32_cannot_hold_takes_the_papers_rule(device):
+    q, k, _, log_fgate = attention_inputs(batch=1, heads=1, queries=100, keys=1900, dim=16, gate_logits=(2.0, 4.0))
+    tensors = (q, k, gate_sums(log_fgate), first_visible_key(log_fgate, None, 100), None)
+    on_device = [x if x is None else type(x)(*(y.to(device) for y in x)) if isinstance(x, tuple) else x.to(device)
+                 for x in tensors]  # fmt: skip
+    for log_tolerance, same in ((-59.0, False), (-61.0, True)):
+        options = dict(scale=0.25, log_tolerance=log_tolerance)
+        bound = torch.full((1, 1), 6.0)
+        paper = pruning.prune(*tensors, rule="paper", logit_bound=bound, **options)
+        assert (paper > 0).any()
+        for got in (
+            pruning.prune(*tensors, rule="tight", logit_bound=bound, **options),
+            triton_pruning.tight_rule(*on_device, logit_bound=bound.to(device), **options)[0].cpu(),
+        ):
+            assert torch.equal(got, paper) == same

@@ -29,8 +29,10 @@ PRUNING_RULES = ("paper",)
 TIGHT_SLACK = 2.0**-5
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
 
-# Blocks of keys that the tight rule must be able to win before it looks at scores.
+# Blocks of keys that the tight rule must be able to win before it looks at scores, and the least log of a tolerance:
+# below it float32 weights would underflow while they still count.
 MIN_GAIN = 2
+LEAST_LOG_TOLERANCE = -60.0
 _NORM_CHUNK = 1024  # keys that share a largest norm
 _BLOCKS_AT_ONCE = 4  # of keys: fewer Python steps, and up to 3 blocks tested for nothing
 _MAX_SCORES = 1 << 21  # in memory at a time
@@ -151,7 +153,7 @@ def tight_rule(
     dropped = torch.maximum(dropped, hidden)
     # Decay alone hides a block from an average row; nothing in the proof depends on this guess.
     possible = blocks.ends_below(torch.full_like(block_bound, log_tolerance * LOG2_E))
-    worth = (possible - dropped >= MIN_GAIN) & block_bound.isfinite()
+    worth = (possible - dropped >= MIN_GAIN) & block_bound.isfinite() & (log_tolerance >= LEAST_LOG_TOLERANCE)
     at_once = max(1, _MAX_SCORES // (PRUNING_BLOCK_T * PRUNING_BLOCK_S * _BLOCKS_AT_ONCE))
     for index in worth.nonzero().split(at_once):
         tested, spent = _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance)
@@ -187,6 +189,20 @@ def _keys(k, head, index, position, first_visible):
     return keys.masked_fill_(~visible[..., None], 0.0)
 
 
+def _least_log_sum(rows, k, head, blocks, index, position, row_first, lam, scale_bits, dot_error) -> torch.Tensor:
+    """From each row's keys from 64 before the block's first query on, less what products can be off; `(A, R)` bits."""
+    b, h, m = index.unbind(1)
+    near = blocks.first[m, None] - PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S + PRUNING_BLOCK_T, device=k.device)
+    keys = _keys(k, head, index, near, row_first[:, 0])
+    scores = rows @ keys.transpose(1, 2) * scale_bits
+    lam_near = blocks.running[b[:, None], h[:, None], near.clamp(0, blocks.num_keys - 1)]
+    scores += (lam[..., None] - lam_near[:, None]).float()
+    scores.masked_fill_((near[:, None] > position[..., None]) | (near[:, None] < row_first[..., None]), float("-inf"))
+    largest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    lse = scores.sub_(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
+    return lse - dot_error * keys.norm(dim=-1).amax(dim=-1, keepdim=True)
+
+
 def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
     """Blocks of keys that A blocks of queries may drop, and the mass in them: `(A,)` int64 and float32.
 
@@ -211,21 +227,13 @@ def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
     lam_first = blocks.at_first[b, h, m]  # (A,)
     lam = blocks.running[b[:, None], h[:, None], t + offset]
 
-    # 2. At most so much is the log of the sum of a row's weights, from the nearest keys; its largest error; bits.
-    near = blocks.first[m, None] - PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S + PRUNING_BLOCK_T, device=q.device)
-    keys = _keys(k, head, index, near, row_first[:, 0])
-    scores = rows @ keys.transpose(1, 2) * scale_bits
-    lam_near = blocks.running[b[:, None], h[:, None], near.clamp(0, blocks.num_keys - 1)]
-    scores += (lam[..., None] - lam_near[:, None]).float()
-    scores.masked_fill_((near[:, None] > position[..., None]) | (near[:, None] < row_first[..., None]), float("-inf"))
-    largest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-    lse = scores.sub_(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
-    lse -= dot_error * q_norm * keys.norm(dim=-1).amax(dim=-1, keepdim=True)
+    # 2. At most so much is the log of the sum of a row's weights, bits.
+    lse = _least_log_sum(rows, k, head, blocks, index, position, row_first, lam, scale_bits, dot_error * q_norm)
     # A row weighs a key l by exp2(score + to_row + lam_first - lam_l).
     to_row = ((lam - lam_first[:, None]).float() - lse).masked_fill_(empty, float("-inf"))
 
     # 3. Without scores: the bound of the row on every key, and 64 keys for every block. It may spend half of eps.
-    reach = to_row + row_bound[b[:, None], h[:, None], t] * LOG2_E
+    reach = to_row + row_bound[b[:, None], h[:, None], t] * ((1.0 + PAPER_SLACK) * LOG2_E)
     prefix = blocks.log_prefix[b, h] + lam_first[:, None]  # (A, N)
     limit = log_eps - 1.0 - reach.amax(dim=-1).double()
     end = blocks.first[m] // PRUNING_BLOCK_S

@@ -27,6 +27,7 @@ GATE_BLOCK = tl.constexpr(128)
 PAPER_SLACK = tl.constexpr(2.0**-16)
 TIGHT_SLACK = tl.constexpr(2.0**-5)
 MIN_GAIN = tl.constexpr(2)
+LEAST_LOG_TOLERANCE = tl.constexpr(-60.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_ROW = tl.constexpr(-1e300)  # below every running sum, and finite: -inf would subtract to NaN
 
@@ -222,6 +223,37 @@ def _high_and_low(x):
 
 
 @triton.jit
+def _least_log_sum(
+    q, q_ptr, t, full, q_stride, k_ptr, k_stride, within_ptr, starts_ptr, within_low, starts_low, lam, lam_first,
+    first, first_visible, row_first, t_key, S, scale, dot_error,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """At most the log of the sum of each row's weights, bits: its keys from 64 before the block's first query on."""
+    lam_high, lam_low = _high_and_low(lam)
+    largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    near_norm = tl.full([], 0.0, tl.float32)
+    for tile in tl.range(0, 3, num_stages=1):
+        # Own keys first: then every row that sees anything has a largest score.
+        s = first + tl.where(tile == 2, -BLOCK_S, tile * BLOCK_S) + tl.arange(0, BLOCK_S)
+        visible = (s >= first_visible) & (s < S)
+        score, k_norm = _scores(
+            q, q_ptr, t, full, q_stride, k_ptr, s, visible, k_stride, D, BLOCK_D, CHUNK_D, PRECISION
+        )
+        near_norm = tl.maximum(near_norm, k_norm)
+        # In two floats: next to the diagonal large decays must cancel.
+        high, low = _high_and_low(_running(within_ptr, starts_ptr, s, visible, within_low, starts_low) - lam_first)
+        decay = (lam_high[:, None] - high[None, :]) + (lam_low[:, None] - low[None, :])
+        seen = full[:, None] & (s[None, :] >= row_first[:, None]) & (s[None, :] <= t_key[:, None])
+        score = tl.where(seen, score * (scale * LOG2_E) + decay, float("-inf"))
+        new = tl.maximum(largest, tl.max(score, axis=1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.math.exp2(largest - shift) + tl.sum(tl.math.exp2(score - shift[:, None]), axis=1)
+        largest = new
+    return tl.where(full, largest, 0.0) + tl.math.log2(tl.where(full, total, 1.0)) - dot_error * near_norm
+
+
+@triton.jit
 def tight_rule_kernel(
     q_ptr, k_ptr, within_ptr, starts_ptr, first_visible_ptr, bound_ptr, norm_ptr, dropped_ptr, mass_ptr, scale, budget,
     log_tolerance, T, S, N, M, H, H_KV, num_chunks, within_low, starts_low, bound_stride_b, bound_stride_h,
@@ -278,41 +310,20 @@ def tight_rule_kernel(
             limit = _threshold_bits(bound, budget).to(tl.float64) - lam_first
             dropped = _count_below(within_ptr, starts_ptr, limit, possible, within_low, starts_low, WIDTH)
             gain = possible - tl.maximum(dropped, hidden)
-        if (gain >= MIN_GAIN) & (bound < float("inf")):
+        if (gain >= MIN_GAIN) & (bound < float("inf")) & (log_tolerance >= LEAST_LOG_TOLERANCE):
             dot_error = tl.abs(scale) * LOG2_E * DOT_ERROR * q_norm
-            lam = _running(within_ptr, starts_ptr, t_key, t < T, within_low, starts_low) - lam_first
-            lam_high, lam_low = _high_and_low(lam)
-
             # 3. At most so much is the log of the sum of a row's weights, from the nearest keys.
-            largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_T], tl.float32)
-            near_norm = tl.full([], 0.0, tl.float32)
-            for tile in tl.range(0, 3, num_stages=1):
-                # Own keys first: then every row that sees anything has a largest score.
-                s = first + tl.where(tile == 2, -BLOCK_S, tile * BLOCK_S) + tl.arange(0, BLOCK_S)
-                visible = (s >= first_visible) & (s < S)
-                score, k_norm = _scores(
-                    q, q_ptr, t, full, q_stride_t, k_ptr, s, visible, k_stride_s, D, BLOCK_D, CHUNK_D, PRECISION
-                )
-                near_norm = tl.maximum(near_norm, k_norm)
-                lam_s = _running(within_ptr, starts_ptr, s, visible, within_low, starts_low) - lam_first
-                high, low = _high_and_low(lam_s)
-                score = score * (scale * LOG2_E) + (
-                    (lam_high[:, None] - high[None, :]) + (lam_low[:, None] - low[None, :])
-                )
-                seen = full[:, None] & (s[None, :] >= row_first[:, None]) & (s[None, :] <= t_key[:, None])
-                score = tl.where(seen, score, float("-inf"))
-                new = tl.maximum(largest, tl.max(score, axis=1))
-                shift = tl.where(new == float("-inf"), 0.0, new)
-                total = total * tl.math.exp2(largest - shift) + tl.sum(tl.math.exp2(score - shift[:, None]), axis=1)
-                largest = new
-            lse = tl.where(full, largest, 0.0) + tl.math.log2(tl.where(full, total, 1.0)) - dot_error * near_norm
+            lam = _running(within_ptr, starts_ptr, t_key, t < T, within_low, starts_low) - lam_first
+            lse = _least_log_sum(
+                q, q_ptr, t, full, q_stride_t, k_ptr, k_stride_s, within_ptr, starts_ptr, within_low, starts_low, lam,
+                lam_first, first, first_visible, row_first, t_key, S, scale, dot_error, D, BLOCK_D, CHUNK_D, PRECISION,
+            )  # fmt: skip
             # A row weighs a key by exp2(score + to_row + lam_first - lam_s).
-            to_row = tl.where(full, lam_high - lse, float("-inf"))
+            to_row = tl.where(full, lam.to(tl.float32) - lse, float("-inf"))
 
             # 4. Without scores: the bound of the row on every key, 64 keys for every block. It may spend half of eps.
             log_eps = (log_tolerance - TIGHT_SLACK) * LOG2_E
-            reach = to_row + row_bound * LOG2_E
+            reach = to_row + row_bound * ((1.0 + PAPER_SLACK) * LOG2_E)
             farthest = tl.max(tl.where(reach != reach, float("inf"), reach), axis=0)
             if (farthest < float("inf")) & (farthest > float("-inf")):
                 room = log_eps - 1.0 - farthest  # log of the sum of decays that may be spent
