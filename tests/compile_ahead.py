@@ -13,8 +13,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fox_kernels import triton_backward, triton_forward
+from fox_kernels import triton_backward, triton_decode, triton_forward, triton_gates, triton_pruning
+from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
 
 TARGETS = {
@@ -23,13 +25,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float64: "fp64",
 }
 
 
@@ -46,31 +49,52 @@ class Recorder:
         return launch
 
 
-def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, keys=1024):
-    """The three kernels with the arguments that `forward` and `backward` launch them with on `target`."""
+MODULES = (triton_gates, triton_forward, triton_backward, triton_pruning, triton_decode)
+
+
+def kernel_names():
+    """Every kernel of the package: what ends in `_kernel` in a module of kernels."""
+    return [name for module in MODULES for name in vars(module) if name.endswith("_kernel")]
+
+
+def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, keys=4096):
+    """Every kernel with the arguments that a GPU like `target` would launch it with, by its name."""
     arch = TARGETS[target].arch if target.startswith("sm_") else 0
-    names = {
-        "forward": (triton_forward, "forgetting_attention_forward_kernel"),
-        "backward_query": (triton_backward, "forgetting_attention_backward_query_kernel"),
-        "backward_key": (triton_backward, "forgetting_attention_backward_key_kernel"),
-    }
-    recorders = {name: Recorder(getattr(module, kernel)) for name, (module, kernel) in names.items()}
-    architectures = triton_forward.architecture, triton_backward.architecture
+    places = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
+    kernels = {name: getattr(module, name) for module, name in places}
+    recorders = {name: Recorder(kernel) for name, kernel in kernels.items()}
+    with_architecture = [module for module in MODULES if hasattr(module, "architecture")]
+    architecture = triton_forward.architecture
     try:
-        triton_forward.architecture = triton_backward.architecture = lambda device: arch
-        for name, (module, kernel) in names.items():
-            setattr(module, kernel, recorders[name])
-        q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
-        k = torch.empty(1, kv_heads, keys, head_dim, dtype=dtype)
-        sums = gate_sums(torch.zeros(1, heads, keys))
-        first = torch.zeros(1, heads, queries, dtype=torch.int32)
-        out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
-        triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)
+        for module in with_architecture:
+            module.architecture = lambda device: arch
+        for module, name in places:
+            setattr(module, name, recorders[name])
+        _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys)
     finally:
-        triton_forward.architecture, triton_backward.architecture = architectures
-        for name, (module, kernel) in names.items():
-            setattr(module, kernel, recorders[name].kernel)
+        for module in with_architecture:
+            module.architecture = architecture
+        for module, name in places:
+            setattr(module, name, kernels[name])
     return recorders
+
+
+def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys):
+    q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
+    k = torch.empty(1, kv_heads, keys, head_dim, dtype=dtype)
+    gates = torch.zeros(1, heads, keys)
+    sums, first = gate_sums(gates), torch.zeros(1, heads, queries, dtype=torch.int32)
+    triton_gates.prepare(gates, None, queries)
+    out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
+    column_sum = triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)[-1]
+    triton_gates.gate_gradient(column_sum, gates)
+    rule = dict(scale=1.0, log_tolerance=-10.0, logit_bound=None)
+    for prune in (triton_pruning.paper_rule, triton_pruning.tight_rule):
+        prune(q, k, sums, first, torch.zeros(1, dtype=torch.int64), **rule)
+    growing = empty_sums(1, heads, keys)
+    bound = torch.zeros(1, heads)
+    triton_decode.forward(q[:, :, :4], k, k, growing.sums, keys, None, 1.0, logit_bound=bound, budget=18.0)
+    triton_decode.append_gates(*growing, gates[..., :4], 0, None)
 
 
 def compile_launch(recorder, target):
@@ -83,6 +107,9 @@ def compile_launch(recorder, target):
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif isinstance(args[index], TensorDescriptor):
+            descriptor = args[index]
+            signature[name] = f"tensordesc<{_TYPES[descriptor.base.dtype]}{list(descriptor.block_shape)}>"
         elif isinstance(args[index], torch.Tensor):
             signature[name] = "*" + _TYPES[args[index].dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -123,11 +150,11 @@ def resources(compiled):
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     hot = [x for x in _loops(sass) if any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", line) for line in x)]
-    assert hot, "found no loop with a matrix product: has the disassembly changed its form?"
     spills = [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop) for loop in hot]
     return {
         "registers": int(registers),
         "stack_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
         "spills_in_loops": spills,
+        "loops_with_products": len(hot),
     }

@@ -14,32 +14,42 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
 ]
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes a block may use
-NAMES = ("forward", "backward_query", "backward_key")
+ATTENTION = tuple(
+    f"forgetting_attention_{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode")
+)
 
 # Spills inside loops that a comment in tile_sizes.py justifies by a time measured with and without them.
-WORTH_THEIR_SPILLS = {
-    ("forward", 128, "sm_90"): 20,
-    ("backward_key", 64, "sm_90"): 140,
-    ("backward_key", 128, "sm_90"): 60,
-}
+WORTH_THEIR_SPILLS = {}
 
 CASES = [("bfloat16", dim, target) for dim in (64, 128, 256) for target in SHARED_MEMORY]
 CASES += [("float32", 64, "sm_90")]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("dtype", "dim", "target"), CASES)
 def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
     from compile_ahead import compile_launch, record_launches, resources
 
     used = resources(compile_launch(record_launches(dim, getattr(torch, dtype), target)[name], target))
     print(name, dtype, dim, target, used)
+    assert used["loops_with_products"], "found no loop with a matrix product: has the disassembly changed its form?"
     assert used["shared_bytes"] <= SHARED_MEMORY[target]
     assert sum(used["spills_in_loops"]) <= WORTH_THEIR_SPILLS.get((name, dim, target), 0), used
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compiles_for_amd(name):
+def test_every_other_kernel_compiles_without_a_stack():
+    from compile_ahead import compile_launch, kernel_names, record_launches, resources
+
+    recorders = record_launches(64, torch.bfloat16, "sm_90")
+    assert set(recorders) == set(kernel_names())
+    for name in set(recorders) - set(ATTENTION):
+        assert recorders[name].call is not None, f"{name} is launched by nothing that compile_ahead.py calls"
+        used = resources(compile_launch(recorders[name], "sm_90"))
+        assert used["stack_bytes"] == 0 and used["shared_bytes"] <= SHARED_MEMORY["sm_90"], (name, used)
+
+
+def test_every_kernel_compiles_for_amd():
     from compile_ahead import compile_launch, record_launches
 
-    assert compile_launch(record_launches(64, torch.bfloat16, "gfx942")[name], "gfx942").asm["amdgcn"]
+    for name, recorder in record_launches(64, torch.bfloat16, "gfx942").items():
+        assert compile_launch(recorder, "gfx942").asm["amdgcn"], name

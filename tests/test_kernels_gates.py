@@ -51,11 +51,10 @@ def test_triton_sums_are_those_of_pytorch(device, keys, queries, padded, poisone
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("keys", "queries"), [(1, 1), (129, 60), (2500, 2500)])
-def test_triton_gate_gradient_is_that_of_pytorch(device, keys, queries, poisoned_memory):
+@pytest.mark.parametrize("keys", [1, 129, 2500])
+def test_triton_gate_gradient_is_that_of_pytorch(device, keys, poisoned_memory):
     triton_gates = pytest.importorskip("fox_kernels.triton_gates", reason="Triton has wheels for Linux only")
     log_fgate, columns = random_gates(keys, device), torch.randn(2, 3, keys, device=device)
-    for rows in (None, torch.randn(2, 3, queries, device=device)):
-        expected = gate_gradient(columns.cpu(), None if rows is None else rows.cpu(), log_fgate.cpu())
-        got = triton_gates.gate_gradient(columns, rows, log_fgate)
-        torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+    expected = gate_gradient(columns.cpu(), log_fgate.cpu())
+    got = triton_gates.gate_gradient(columns, log_fgate)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)

@@ -132,8 +132,8 @@ def test_autocast_casts_the_products_and_never_the_gates():
 @pytest.mark.parametrize("tolerance", [None, -10.0])
 def test_the_custom_op_keeps_pytorchs_contract(tolerance):
     q, k, v, log_fgate = attention_inputs(queries=20, batch=1, heads=2, dim=16)
-    threshold = None if tolerance is None else torch.full((1, 2), -30.0)
-    arguments = [x.requires_grad_() for x in (q, k, v, log_fgate)] + [0.25, threshold, torch.tensor([2])]
+    arguments = [x.requires_grad_() for x in (q, k, v, log_fgate)]
+    arguments += [0.25, tolerance, "paper", None, torch.tensor([2])]
     torch.library.opcheck(torch.ops.fox_kernels.forgetting_attention.default, arguments)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fox_kernels import forgetting_attention, forgetting_attention_reference
 from fox_kernels.gates import first_visible_key, gate_gradient, gate_sums
-from fox_kernels.pruning import first_kept_key, measured_logit_bound, pruning_threshold
+from fox_kernels.pruning import prune
 from helpers import assert_as_accurate_as_torch, attention_inputs, output_and_gradients
 
 triton_forward = pytest.importorskip("fox_kernels.triton_forward", reason="Triton has wheels for Linux only")
@@ -32,16 +32,15 @@ def triton_attention(inputs, grad_out, key_start=None, log_tolerance=None):
     """Output and gradients through the launch functions themselves, with small tiles, on any device."""
     q, k, v, log_fgate = inputs
     scale = q.shape[-1] ** -0.5
-    sums = gate_sums(log_fgate)
-    first = first_visible_key(log_fgate, key_start, q.shape[2])
+    sums, first = gate_sums(log_fgate), first_visible_key(log_fgate, key_start, q.shape[2])
     if log_tolerance is not None:
-        bound = measured_logit_bound(q, k, scale, key_start)
-        first = first_kept_key(sums, first, pruning_threshold(bound, k.shape[2], log_tolerance))
+        options = dict(scale=scale, rule="paper", log_tolerance=log_tolerance, logit_bound=None)
+        first = prune(q, k, sums, first, key_start, **options)
     out, lse = triton_forward.forward(q, k, v, sums, first, scale, QUERY_TILES)
-    dq, dk, dv, column_sum, row_sum = triton_backward.backward(
+    dq, dk, dv, column_sum = triton_backward.backward(
         grad_out.to(q.dtype), q, k, v, out, lse, sums, first, scale, QUERY_TILES, KEY_TILES
     )
-    return [out, dq, dk, dv, gate_gradient(column_sum, row_sum, log_fgate)]
+    return [out, dq, dk, dv, gate_gradient(column_sum, log_fgate)]
 
 
 INTERPRETER_CASES = [
@@ -109,13 +108,28 @@ def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_me
         dtype=dtype,
         device="cuda",
     )
-    key_start = torch.tensor([0, keys // 3], device="cuda")
+    options = dict(key_start=torch.tensor([0, keys // 3], device="cuda"))
     # Rounded before it is given to all three: it is an input, and its rounding nobody's error.
     grad_out = torch.randn(inputs[0].shape, device="cuda").to(dtype)
     doubles = [x.double() for x in inputs]
-    exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), key_start=key_start)
-    same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, key_start=key_start)
-    got = output_and_gradients(forgetting_attention, inputs, grad_out, key_start=key_start)
+    exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), **options)
+    same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, **options)
+    got = output_and_gradients(forgetting_attention, inputs, grad_out, **options)
+    for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
+        assert_as_accurate_as_torch(x, y, z, name=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda x: str(x)[6:])
+def test_gpu_scores_that_outgrow_the_diagonal_take_the_running_maximum(dtype, poisoned_memory):
+    """Keys far back with scores of hundreds of nats: the frozen maximum of the diagonal overflows on them."""
+    inputs = attention_inputs(queries=700, heads=4, dim=64, gate_logits=(8.0, 20.0), dtype=dtype, device="cuda")
+    inputs[1][:, :2, 100:110] *= 40.0
+    grad_out = torch.randn(inputs[0].shape, device="cuda").to(dtype)
+    doubles = [x.double() for x in inputs]
+    exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double())
+    same = output_and_gradients(forgetting_attention_reference, inputs, grad_out)
+    got = output_and_gradients(forgetting_attention, inputs, grad_out)
     for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
         assert_as_accurate_as_torch(x, y, z, name=name)
 
@@ -150,7 +164,8 @@ def test_gpu_gradients_are_bitwise_reproducible():
     grad_out = torch.randn(inputs[0].shape, device="cuda")
     first = output_and_gradients(forgetting_attention, inputs, grad_out)
     for _ in range(5):
-        for x, y in zip(output_and_gradients(forgetting_attention, inputs, grad_out), first, strict=True):
+        again = output_and_gradients(forgetting_attention, inputs, grad_out)
+        for x, y in zip(again, first, strict=True):
             assert torch.equal(x, y)
 
 
@@ -207,6 +222,6 @@ def test_gpu_op_compiles_into_one_graph():
 @pytest.mark.parametrize("tolerance", [None, -10.0])
 def test_gpu_custom_op_keeps_pytorchs_contract(tolerance):
     inputs = attention_inputs(queries=70, dim=64, dtype=torch.bfloat16, device="cuda")
-    threshold = None if tolerance is None else torch.full((2, 4), -30.0, device="cuda")
-    arguments = [x.requires_grad_() for x in inputs] + [0.125, threshold, torch.tensor([0, 3], device="cuda")]
+    key_start = torch.tensor([0, 3], device="cuda")
+    arguments = [x.requires_grad_() for x in inputs] + [0.125, tolerance, "paper", None, key_start]
     torch.library.opcheck(torch.ops.fox_kernels.forgetting_attention.default, arguments)

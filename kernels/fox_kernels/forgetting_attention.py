@@ -8,14 +8,7 @@ import torch
 
 from . import blockwise
 from .gates import GATE_BLOCK, GateSums, first_visible_key, gate_gradient, prepare
-from .pruning import (
-    PRUNING_RULES,
-    PruningStats,
-    first_kept_key,
-    measured_logit_bound,
-    pruning_stats,
-    pruning_threshold,
-)
+from .pruning import PRUNING_RULES, PruningStats, prune, statistics
 
 try:
     from . import triton_backward, triton_forward
@@ -83,19 +76,17 @@ def forgetting_attention(
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    threshold = None
-    if log_pruning_tolerance is not None:
-        with torch.no_grad():
-            if bound is None:
-                bound = measured_logit_bound(q, k, scale, key_start)
-            bound = bound.to(q.device).expand(q.shape[:2])
-            threshold = pruning_threshold(bound, k.shape[2], log_pruning_tolerance)
-    out, _, *sums, first_key = _forgetting_attention(q, k, v, log_fgate, scale, threshold, key_start)
+    out, _, within, starts, first_key = _forgetting_attention(
+        q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start
+    )
     if not return_stats:
         return out
     with torch.no_grad():
         visible = first_visible_key(log_fgate, key_start, q.shape[2])
-        return out, pruning_stats(GateSums(*sums), visible, first_key, bound)
+        return out, statistics(
+            q, k, GateSums(within, starts), visible, first_key, key_start, scale=scale, rule=pruning_rule,
+            log_tolerance=log_pruning_tolerance, logit_bound=bound,
+        )  # fmt: skip
 
 
 def _check_tensors(q, k, v, log_fgate, key_start):
@@ -174,7 +165,7 @@ def _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound):
             f"logit_bound must be a float, ({num_heads},) or ({batch}, {num_heads}); "
             f"got shape {tuple(logit_bound.shape)}."
         )
-    return logit_bound.detach()
+    return logit_bound.detach().to(q.device)
 
 
 def _require_triton():
@@ -192,25 +183,30 @@ def _forgetting_attention(
     v: torch.Tensor,
     log_fgate: torch.Tensor,
     scale: float,
-    threshold: torch.Tensor | None,
+    log_tolerance: float | None,
+    rule: str,
+    logit_bound: torch.Tensor | None,
     key_start: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
     sums, first_key = prepare(log_fgate, key_start, q.shape[2])
-    if threshold is not None:
-        first_key = first_kept_key(sums, first_key, threshold)
-    if q.device.type == "cpu":
-        # Autocast reaches into a custom op and would round the scores.
-        with torch.autocast("cpu", enabled=False):
+    # Autocast reaches into a custom op and would round the scores.
+    with torch.autocast(q.device.type, enabled=False):
+        if log_tolerance is not None:
+            first_key = prune(
+                q, k, sums, first_key, key_start, scale=scale, rule=rule, log_tolerance=log_tolerance,
+                logit_bound=logit_bound,
+            )  # fmt: skip
+        if q.device.type == "cpu":
             out, lse = blockwise.forward(q, k, v, sums, first_key, scale)
-    else:
-        _require_triton()
-        out, lse = triton_forward.forward(q, k, v, sums, first_key, scale)
+        else:
+            _require_triton()
+            out, lse = triton_forward.forward(q, k, v, sums, first_key, scale)
     return out, lse, *sums, first_key
 
 
 @_forgetting_attention.register_fake
-def _(q, k, v, log_fgate, scale, threshold, key_start):
+def _(q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start):
     rows = q.shape[:-1]
     num_blocks = -(-log_fgate.shape[-1] // GATE_BLOCK)
     return (
@@ -241,10 +237,9 @@ def _forgetting_attention_backward(
         grad_out = grad_out.contiguous()
     if q.device.type == "cpu":
         dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
-        row_sum = None
     else:
-        dq, dk, dv, column_sum, row_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
-    return dq, dk, dv, gate_gradient(column_sum, row_sum, log_fgate)
+        dq, dk, dv, column_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
+    return dq, dk, dv, gate_gradient(column_sum, log_fgate)
 
 
 @_forgetting_attention_backward.register_fake
@@ -258,18 +253,17 @@ def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_fgate, scale, _, _ = inputs
+    q, k, v, log_fgate, ctx.scale, *_ = inputs
     ctx.save_for_backward(q, k, v, log_fgate, *output)
-    ctx.scale = scale
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 7
+        return (None,) * 9
     grads = _forgetting_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*grads, None, None, None)
+    return (*grads, *(None,) * 5)
 
 
 _forgetting_attention.register_autograd(_backward, setup_context=_setup_context)

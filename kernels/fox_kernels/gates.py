@@ -93,20 +93,14 @@ def prepare(
     return gate_sums(log_fgate), first_visible_key(log_fgate, key_start, num_queries)
 
 
-def gate_gradient(column_sum: torch.Tensor, row_sum: torch.Tensor | None, log_fgate: torch.Tensor) -> torch.Tensor:
-    """Gradient of the gates `(B, H, S)` float32, from the sums of dS over queries and over keys.
+def gate_gradient(column_sum: torch.Tensor, log_fgate: torch.Tensor) -> torch.Tensor:
+    """Gradient of the gates `(B, H, S)` float32, from the sums of dS over queries, `(B, H, S)` float32.
 
-    A gate at t is part of the running sum from t on: `dgate_t = sum_{s >= t} (row_sum_s - column_sum_s)`. Summed in
-    float64: total minus prefix would cancel at great length. A closed gate is no number and has no gradient.
-
-    Args:
-        column_sum: `(B, H, S)` float32, `sum_i dS_ij`.
-        row_sum: `(B, H, T)` float32, `sum_j dS_ij`, of the last T positions, or None where it is known to be 0.
+    A gate at t is part of the running sum from t on: `dgate_t = sum_{s >= t} dlam_s` with `dlam = -column_sum`, as the
+    sums of dS over keys are 0. Summed in float64: total minus prefix would cancel at great length. A closed gate is no
+    number and has no gradient.
     """
     if column_sum.device.type == "cuda" and triton_gates is not None:
-        return triton_gates.gate_gradient(column_sum, row_sum, log_fgate)
-    dlam = -column_sum.double()
-    if row_sum is not None:
-        dlam[..., dlam.shape[-1] - row_sum.shape[-1] :] += row_sum
-    dgate = dlam.flip(-1).cumsum(-1).flip(-1).float()
+        return triton_gates.gate_gradient(column_sum, log_fgate)
+    dgate = -column_sum.double().flip(-1).cumsum(-1).flip(-1).float()
     return dgate.masked_fill_(split_resets(log_fgate)[1], 0.0)

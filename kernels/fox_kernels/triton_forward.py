@@ -2,157 +2,334 @@
 
     o_i = sum_{j = first_i .. i} p_ij v_j,   p_i = softmax_j(scale * q_i . k_j + lam_i - lam_j),   lam = cumsum(log f)
 
-Online softmax over tiles of keys (FlashAttention-2, arXiv:2307.08691, algorithm 1); the bias is that of the
-Forgetting Transformer (arXiv:2503.02130). `first_i` hides padding, closed gates and what pruning dropped: see
-gates.py.
+A program owns a tile of queries. It begins on the diagonal with an online softmax (FlashAttention-2,
+arXiv:2307.08691, algorithm 1), after which every row has a maximum that includes its own key. From there leftwards
+the decay only lowers the scores, so for 16-bit inputs the maximum of the tile's rows stays as the *anchor* of all of
+them: one fused multiply-add and one exp2 a score, no maximum, no rescaling. What that takes for granted is checked: a
+tile whose rows' maxima lie further apart than float32 holds, or whose sum outgrew `LARGEST_SUM` against its anchor,
+goes through the online softmax instead. Both see the same pairs. The bias is that of the Forgetting Transformer
+(arXiv:2503.02130). `first_i` hides padding, closed gates and what pruning dropped: see gates.py.
 
-Letters:  B batch, H query heads, G query heads per key head, T queries (the last of the keys), S keys, D head dim.
-Tensors:  q, o (B, H, T, D);  k, v (B, H // G, S, D);  lam (2, B, H, S) high and low part;  first_key, lse (B, H, T).
-Names:    `x_ptr` points at the whole tensor, `x` is this program's tile of it, t, s, d are index vectors.
+Letters:  B batch, H query heads, G query heads per key head, T queries (the last of the keys), S keys, D head dim,
+          N blocks of `GATE_BLOCK` keys.
+Tensors:  q, o (B, H, T, D);  k, v (B, H // G, S, D);  within (2, B, H, S) and starts (2, B, H, N), high and low part,
+          see `gates.GateSums`;  first_key, lse (B, H, T).
+Names:    `x_ptr` points at a whole tensor, `x` is a tile of it, t, s, d are index vectors. With DESCRIPTORS q, k, v
+          and o are tensor descriptors (the tensor memory accelerator of Hopper and later), else pointers.
 Units:    scores, lam and lse are in bits inside the kernels (exp2 is one instruction), in nats everywhere outside.
-Frame:    away from the diagonal lam_i - lam_j is split at lam_ref of the tile's first query; lam_ref - lam_j is one
-          number per key, and lam_i - lam_ref (`-to_frame`) is constant in a row and leaves the softmax. On the
-          diagonal, where the two parts have opposite signs, float32 inputs take the difference in full; the 2e-4 bits
-          that a decay of 3000 bits within a tile costs otherwise are below the rounding of 16-bit inputs. The running
-          maximum is never split.
+Frame:    lam_i - lam_j is split at `ref`, lam of the tile's first query; ref - lam_j is one number per key, and
+          lam_i - ref (`-to_frame`) is constant in a row and leaves the softmax. On the diagonal, where the two parts
+          have opposite signs, float32 inputs take the difference in full; the 2e-4 bits that a decay of 3000 bits
+          within a tile costs otherwise are below the rounding of 16-bit inputs.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .gates import GateSums, split_in_two
+from .gates import GATE_BLOCK, LOG2_E, GateSums
 from .tile_sizes import TileSizes, architecture, forward_tiles, padded_head_dim
 
-LOG2_E = 1.0 / math.log(2.0)
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4: pointers do everything
+    TensorDescriptor = None
+
+BLOCK = tl.constexpr(GATE_BLOCK)
+
+# Bits. A row whose maximum lies this far below the anchor still has 2**-60 of weight, and what exp2 flushes to zero
+# is below 2**-126.
+LARGEST_SPREAD = tl.constexpr(60.0)
+# Of the weights of a row, relative to its anchor: far from where its products overflow. A weight must fit float16.
+LARGEST_SUM = 2.0**60
+LARGEST_SUM_FLOAT16 = 2.0**15
 
 
 @triton.jit
-def load_tile(ptr, row, num_rows, stride, d, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """(len(row), BLOCK_D) rows of a matrix, zeros outside of it."""
-    at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
-    if CHECK_ROWS:
-        if BLOCK_D != D:
-            return tl.load(at, mask=(row[:, None] < num_rows) & (d[None, :] < D), other=0.0)
-        return tl.load(at, mask=row[:, None] < num_rows, other=0.0)
-    if BLOCK_D != D:
-        return tl.load(at, mask=d[None, :] < D, other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _accumulate(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride, v_stride, lam_ptr, lam_low, lam_ref_high, lam_ref_low,
-    lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
+def load_tile(
+    x, batch, head, start, num_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, over the keys start .. start + BLOCK_S - 1."""
+    """(BLOCK_ROWS, BLOCK_D) rows of a matrix from `start` on, zeros outside of it; a pointer is at its head."""
+    if DESCRIPTORS:
+        tile = tl.reshape(x.load([batch, head, start, 0]), [BLOCK_ROWS, BLOCK_D])
+    else:
+        row = start + tl.arange(0, BLOCK_ROWS)
+        d = tl.arange(0, BLOCK_D)
+        at = x + row[:, None].to(tl.int64) * stride + d[None, :]
+        if CHECK_ROWS and BLOCK_D != D:
+            tile = tl.load(at, mask=(row[:, None] < num_rows) & (d[None, :] < D), other=0.0)
+        elif CHECK_ROWS:
+            tile = tl.load(at, mask=row[:, None] < num_rows, other=0.0)
+        elif BLOCK_D != D:
+            tile = tl.load(at, mask=d[None, :] < D, other=0.0)
+        else:
+            tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def at_head(x, batch, head, stride_b, stride_h, DESCRIPTORS: tl.constexpr):
+    """A pointer moved to the matrix of one head; a descriptor finds it by itself."""
+    if DESCRIPTORS:
+        at = x
+    else:
+        at = x + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return at
+
+
+@triton.jit
+def load_pair(ptr, low, at):
+    """High and low part of one number."""
+    return tl.load(ptr + at), tl.load(ptr + low + at)
+
+
+@triton.jit
+def _bias(
+    within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, shift, start, S,
+    BLOCK_S: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """ref - lam_j - shift of the keys start .. start + BLOCK_S - 1, which lie in one block, `(BLOCK_S,)` bits."""
     s = start + tl.arange(0, BLOCK_S)
-    k = load_tile(k_ptr, s, S, k_stride, d, D, BLOCK_D, MASKED)
-    if MASKED:
-        high = tl.load(lam_ptr + s, mask=s < S, other=0.0)
-        low = tl.load(lam_ptr + lam_low + s, mask=s < S, other=0.0)
-    else:
-        high = tl.load(lam_ptr + s)
-        low = tl.load(lam_ptr + lam_low + s)
-    # Scale after the product, in fp32: scaling q would round it once more.
-    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+    within = tl.load(within_ptr + s, mask=s < S, other=0.0) if MASKED else tl.load(within_ptr + s)
+    start_high, start_low = load_pair(starts_ptr, starts_low, start // BLOCK)
     if EXACT:
-        score += (lam_t_high[:, None] - high[None, :]) + (lam_t_low[:, None] - low[None, :])
+        low = tl.load(within_ptr + within_low + s, mask=s < S, other=0.0)
+        # What is large cancels first: a block's own decay against the step to the next block.
+        bias = ((ref_start - start_high) - within + ref_within - shift) + ((ref_low - start_low) - low)
     else:
-        score += ((lam_ref_high - high) + (lam_ref_low - low))[None, :]
+        bias = ((ref_start - start_high) + ref_within + (ref_low - start_low) - shift) - within
+    return bias
+
+
+@triton.jit
+def _hide(score, first_key_ptr, start_t, start, T, S, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Scores of pairs that the row does not see become -inf; a row past the last query sees nothing."""
+    t = start_t + tl.arange(0, BLOCK_T)
+    s = start + tl.arange(0, BLOCK_S)
+    first = tl.load(first_key_ptr + t, mask=t < T, other=2147483647)
+    return tl.where((s[None, :] >= first[:, None]) & (s[None, :] <= (t + S - T)[:, None]), score, float("-inf"))
+
+
+@triton.jit
+def _row_sums(
+    within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, start_t, T, S,
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """lam of the rows in three parts: the start of their block, what follows, and the low parts of both; ref - lam."""
+    t = start_t + tl.arange(0, BLOCK_T)
+    at = t + S - T
+    start = tl.load(starts_ptr + at // BLOCK, mask=t < T, other=0.0)
+    within = tl.load(within_ptr + at, mask=t < T, other=0.0)
+    low = tl.load(within_ptr + within_low + at, mask=t < T, other=0.0)
+    low += tl.load(starts_ptr + starts_low + at // BLOCK, mask=t < T, other=0.0)
+    return start, within, low, (ref_start - start) + (ref_within - within) + (ref_low - low)
+
+
+@triton.jit
+def _online(
+    q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within,
+    ref_low, first_key_ptr, start_t, begin, end, T, S, score_scale,
+    EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys begin .. end - 1: acc, the rows' maxima and their sums.
+
+    The maxima are relative to `ref`, with EXACT to lam_i. A row that sees no key has a sum of 0 and a maximum of -inf.
+    """
+    row_start, row_within, row_low, _ = _row_sums(
+        within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, start_t, T, S, BLOCK_T
+    )
+    row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for start in tl.range(begin, end, BLOCK_S, num_stages=1):
+        key = load_tile(k, batch, kv_head, start, S, k_stride, D, BLOCK_D, BLOCK_S, True, DESCRIPTORS)
+        # Scale after the product, in float32: scaling q would round it once more.
+        score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * score_scale
+        if EXACT:
+            # Relative to lam_i itself: on the diagonal the parts on both sides of `ref` have opposite signs.
+            s = start + tl.arange(0, BLOCK_S)
+            within = tl.load(within_ptr + s, mask=s < S, other=0.0)
+            low = tl.load(within_ptr + within_low + s, mask=s < S, other=0.0)
+            start_high, start_low = load_pair(starts_ptr, starts_low, start // BLOCK)
+            decay = (row_start - start_high)[:, None] - within[None, :] + row_within[:, None]
+            score += decay + ((row_low - start_low)[:, None] - low[None, :])
+        else:
+            bias = _bias(
+                within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, 0.0, start, S,
+                BLOCK_S, True, False,
+            )  # fmt: skip
+            score += bias[None, :]
+        score = _hide(score, first_key_ptr, start_t, start, T, S, BLOCK_T, BLOCK_S)
+        new_max = tl.maximum(row_max, tl.max(score, axis=1))
+        # A row that has seen no key yet stays at -inf; subtracting that would give NaN.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.math.exp2(score - shift[:, None])
+        rescale = tl.math.exp2(row_max - shift)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        value = load_tile(v, batch, kv_head, start, S, v_stride, D, BLOCK_D, BLOCK_S, True, DESCRIPTORS)
+        acc = tl.dot(p.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _frozen_step(
+    acc, row_sum, q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low,
+    ref_start, ref_within, ref_low, anchor, first_key_ptr, start_t, start, T, S, score_scale,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, ONE_ANCHOR: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    key = load_tile(k, batch, kv_head, start, S, k_stride, D, BLOCK_D, BLOCK_S, MASKED, DESCRIPTORS)
+    bias = _bias(
+        within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, anchor if ONE_ANCHOR else 0.0,
+        start, S, BLOCK_S, MASKED, EXACT,
+    )  # fmt: skip
+    score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * score_scale + bias[None, :]
+    if not ONE_ANCHOR:
+        score -= anchor[:, None]
     if MASKED:
-        score = tl.where((s[None, :] >= first[:, None]) & (s[None, :] <= t_key[:, None]), score, float("-inf"))
-    tile_max = tl.max(score, axis=1)
-    new_max = tl.maximum(row_max, tile_max if EXACT else tile_max - to_frame)
-    # A row that has seen no key yet stays at -inf; subtracting that would give NaN.
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
-    p = tl.math.exp2(score - (shift if EXACT else shift + to_frame)[:, None])
-    rescale = tl.math.exp2(row_max - shift)
-    row_sum = row_sum * rescale + tl.sum(p, axis=1)
-    v = load_tile(v_ptr, s, S, v_stride, d, D, BLOCK_D, MASKED)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
+        score = _hide(score, first_key_ptr, start_t, start, T, S, BLOCK_T, BLOCK_S)
+    p = tl.math.exp2(score)
+    value = load_tile(v, batch, kv_head, start, S, v_stride, D, BLOCK_D, BLOCK_S, MASKED, DESCRIPTORS)
+    acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
+    return acc, row_sum + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _frozen(
+    acc, row_sum, q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low,
+    ref_start, ref_within, ref_low, anchor, first_key_ptr, start_t, begin, middle, end, T, S, score_scale,
+    EXACT: tl.constexpr, ONE_ANCHOR: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """The keys middle .. end - 1, which every row sees, then begin .. middle - 1, with `anchor` as the maximum.
+
+    `anchor` is one number for all rows or, without ONE_ANCHOR, `(rows,)`.
+    """
+    for start in tl.range(middle, end, BLOCK_S, num_stages=NUM_STAGES):
+        acc, row_sum = _frozen_step(
+            acc, row_sum, q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low,
+            ref_start, ref_within, ref_low, anchor, first_key_ptr, start_t, start, T, S, score_scale, False, EXACT,
+            ONE_ANCHOR, D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+    for start in tl.range(begin, middle, BLOCK_S, num_stages=1):
+        acc, row_sum = _frozen_step(
+            acc, row_sum, q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low,
+            ref_start, ref_within, ref_low, anchor, first_key_ptr, start_t, start, T, S, score_scale, True, EXACT,
+            ONE_ANCHOR, D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
+        )  # fmt: skip
+    return acc, row_sum
 
 
 @triton.jit
 def forgetting_attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lam_ptr, first_key_ptr, lse_ptr, score_scale, T, S, H, num_tiles,
+    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, score_scale, T, S, H, N, num_tiles, num_heads, section,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    o_stride_b, o_stride_h, o_stride_t, lam_low,
+    o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ANCHOR: tl.constexpr,
+    LARGEST_SUM: tl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile is this program's? The last queries have the most keys: start them first.
+    EXACT: tl.constexpr = PRECISION != "tf32"
+    # 1. Which tile is this program's? Heads go in sections whose keys and values fit the L2 cache; within a section
+    # the last queries, which have the most keys, start first.
     program = tl.program_id(0)
-    start_t = (num_tiles - 1 - program % num_tiles) * BLOCK_T
-    batch_head = (program // num_tiles).to(tl.int64)
+    first_head = program // (section * num_tiles) * section
+    in_section = program % (section * num_tiles)
+    heads = tl.minimum(section, num_heads - first_head)
+    start_t = (num_tiles - 1 - in_section // heads) * BLOCK_T
+    batch_head = first_head + in_section % heads
     batch, head = batch_head // H, batch_head % H
-    t = start_t + tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
+    kv_head = head // G
+    row = batch_head.to(tl.int64)
     offset = S - T
-    t_key = t + offset
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    k_ptr += batch * k_stride_b + (head // G) * k_stride_h
-    v_ptr += batch * v_stride_b + (head // G) * v_stride_h
-    o_ptr += batch * o_stride_b + head * o_stride_h
-    lam_ptr += batch_head * S
-    first_key_ptr += batch_head * T
+    q = at_head(q, batch, head, q_stride_b, q_stride_h, DESCRIPTORS)
+    k = at_head(k, batch, kv_head, k_stride_b, k_stride_h, DESCRIPTORS)
+    v = at_head(v, batch, kv_head, v_stride_b, v_stride_h, DESCRIPTORS)
+    within_ptr += row * S
+    starts_ptr += row * N
+    first_key_ptr += row * T
 
-    # 2. What stays for the whole loop.
-    q = load_tile(q_ptr, t, T, q_stride_t, d, D, BLOCK_D, True)
-    first = tl.load(first_key_ptr + t, mask=t < T, other=0)
+    # 2. Its queries, and the keys they see: [diagonal, end) hold their own, [full, diagonal) are seen by every row,
+    # [first_tile, full) in part.
+    query = load_tile(q, batch, head, start_t, T, q_stride_t, D, BLOCK_D, BLOCK_T, True, DESCRIPTORS)
     lowest = tl.load(first_key_ptr + start_t)
     highest = tl.load(first_key_ptr + tl.minimum(start_t + BLOCK_T, T) - 1)
-    lam_t_high = tl.load(lam_ptr + t_key, mask=t < T, other=0.0)
-    lam_t_low = tl.load(lam_ptr + lam_low + t_key, mask=t < T, other=0.0)
-    lam_ref_high = tl.load(lam_ptr + start_t + offset)
-    lam_ref_low = tl.load(lam_ptr + lam_low + start_t + offset)
-    to_frame = (lam_ref_high - lam_t_high) + (lam_ref_low - lam_t_low)
-    row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
-    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-
-    # 3. The diagonal: from the tile of keys that holds the first query's own, so that every row has a finite maximum.
     diagonal = (start_t + offset) // BLOCK_S * BLOCK_S
+    end = tl.minimum(start_t + BLOCK_T + offset, S)
     first_tile = lowest // BLOCK_S * BLOCK_S
-    for start in tl.range(
-        tl.maximum(diagonal, first_tile), tl.minimum(start_t + BLOCK_T + offset, S), BLOCK_S, num_stages=1
-    ):
-        acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True,
-            PRECISION != "tf32", D, BLOCK_D, BLOCK_S, PRECISION,
-        )  # fmt: skip
-
-    # 4. The keys that every row sees, without a mask.
     full = tl.minimum(tl.maximum((highest + BLOCK_S - 1) // BLOCK_S * BLOCK_S, first_tile), diagonal)
-    for start in tl.range(full, diagonal, BLOCK_S, num_stages=NUM_STAGES):
-        acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, False, False, D,
-            BLOCK_D, BLOCK_S, PRECISION,
-        )  # fmt: skip
+    at = start_t + offset
+    ref_start, ref_start_low = load_pair(starts_ptr, starts_low, at // BLOCK)
+    ref_within, ref_within_low = load_pair(within_ptr, within_low, at)
+    ref_low = ref_start_low + ref_within_low
 
-    # 5. Tiles that only some rows see, or see in part: padding and closed gates.
-    for start in tl.range(first_tile, full, BLOCK_S, num_stages=1):
-        acc, row_max, row_sum = _accumulate(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, k_stride_s, v_stride_s, lam_ptr, lam_low, lam_ref_high,
-            lam_ref_low, lam_t_high, lam_t_low, to_frame, first, t_key, start, d, S, score_scale, True, False, D,
-            BLOCK_D, BLOCK_S, PRECISION,
-        )  # fmt: skip
+    # 3. The diagonal gives every row a maximum.
+    acc, row_max, row_sum = _online(
+        query, k, v, batch, kv_head, k_stride_s, v_stride_s, within_ptr, starts_ptr, within_low, starts_low, ref_start,
+        ref_within, ref_low, first_key_ptr, start_t, tl.maximum(diagonal, first_tile), end, T, S, score_scale, EXACT,
+        D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
+    )  # fmt: skip
 
-    # 6. Normalise and store. A row that saw nothing is 0; its log-sum-exp is +inf so that p = 0 in the backward pass.
+    # 4. All other keys take it as given.
+    if first_tile < diagonal:
+        sees_none = row_max == float("-inf")
+        highest_row = tl.max(row_max, axis=0)
+        lowest_row = tl.min(tl.where(sees_none, highest_row, row_max), axis=0)
+        if ANCHOR and (highest_row - lowest_row <= LARGEST_SPREAD):
+            shrink = tl.math.exp2(row_max - highest_row)
+            acc, row_sum = _frozen(
+                acc * shrink[:, None], row_sum * shrink, query, k, v, batch, kv_head, k_stride_s, v_stride_s,
+                within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, highest_row,
+                first_key_ptr, start_t, first_tile, full, diagonal, T, S, score_scale, EXACT, True, D, BLOCK_D,
+                BLOCK_T, BLOCK_S, PRECISION, NUM_STAGES, DESCRIPTORS,
+            )  # fmt: skip
+            row_max = tl.zeros_like(row_max) + highest_row
+        else:
+            if EXACT:
+                anchor = row_max + _row_sums(
+                    within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, start_t, T, S,
+                    BLOCK_T,
+                )[3]  # fmt: skip
+            else:
+                anchor = row_max
+            anchor = tl.where(sees_none, 0.0, anchor)
+            acc, row_sum = _frozen(
+                acc, row_sum, query, k, v, batch, kv_head, k_stride_s, v_stride_s, within_ptr, starts_ptr, within_low,
+                starts_low, ref_start, ref_within, ref_low, anchor, first_key_ptr, start_t, first_tile, full,
+                diagonal, T, S, score_scale, EXACT, False, D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, NUM_STAGES,
+                DESCRIPTORS,
+            )  # fmt: skip
+
+        # 5. Where that outgrew its range (or a value is no number), all is done again with a running maximum.
+        largest = tl.max(tl.max(tl.abs(acc), axis=1), axis=0)
+        if not ((tl.max(row_sum, axis=0) < LARGEST_SUM) & (largest < float("inf"))):
+            acc, row_max, row_sum = _online(
+                query, k, v, batch, kv_head, k_stride_s, v_stride_s, within_ptr, starts_ptr, within_low, starts_low,
+                ref_start, ref_within, ref_low, first_key_ptr, start_t, first_tile, end, T, S, score_scale, EXACT, D,
+                BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
+            )  # fmt: skip
+
+    # 6. Normalize and store. A row that saw nothing is 0; its log-sum-exp is +inf so that p = 0 in the backward pass.
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
+    if not EXACT:
+        row_max -= _row_sums(
+            within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, start_t, T, S, BLOCK_T
+        )[3]
     lse = tl.where(empty, float("inf"), row_max + tl.math.log2(row_sum))
-    tl.store(lse_ptr + batch_head * T + t, lse, mask=t < T)
+    t = start_t + tl.arange(0, BLOCK_T)
+    tl.store(lse_ptr + row * T + t, lse, mask=t < T)
     out = acc / row_sum[:, None]
-    at = o_ptr + t[:, None].to(tl.int64) * o_stride_t + d[None, :]
-    tl.store(at, out.to(o_ptr.dtype.element_ty), mask=(t[:, None] < T) & (d[None, :] < D))
+    if DESCRIPTORS:
+        o.store([batch, head, start_t, 0], tl.reshape(out.to(o.dtype), [1, 1, BLOCK_T, BLOCK_D]))
+    else:
+        d = tl.arange(0, BLOCK_D)
+        o = at_head(o, batch, head, o_stride_b, o_stride_h, DESCRIPTORS)
+        at = o + t[:, None].to(tl.int64) * o_stride_t + d[None, :]
+        tl.store(at, out.to(o.dtype.element_ty), mask=(t[:, None] < T) & (d[None, :] < D))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -165,6 +342,36 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+def use_descriptors(arch: int, *tensors: torch.Tensor) -> bool:
+    """Whether the tensor memory accelerator can address all of them: 16-byte steps, no expanded dimension."""
+    if arch < 90 or TensorDescriptor is None:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.stride(-1) == 1
+        and all(
+            n == 1 or (step > 0 and step * x.element_size() % 16 == 0)
+            for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+        )
+        for x in tensors
+    )
+
+
+def descriptor(x: torch.Tensor, rows: int, dim: int) -> "TensorDescriptor":
+    """A `(B, H, L, D)` tensor to be read in tiles of `rows` by `dim`, zeros outside of it."""
+    # The step of a dimension of size 1 may be anything, but the hardware wants multiples of 16 bytes.
+    aligned = 16 // x.element_size()
+    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    strides = [step if n > 1 else -(-x.shape[-1] // aligned) * aligned for n, step in steps]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim])
+
+
+def heads_in_l2(num_keys: int, dim: int, element_size: int) -> int:
+    """How many heads' keys and values fit 32 MB, the part of an H100's L2 cache that they may take; a power of two."""
+    fit = max(1, 32 * 2**20 // (2 * num_keys * dim * element_size))
+    return 1 << (fit.bit_length() - 1)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -175,18 +382,27 @@ def forward(
     tiles: TileSizes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits."""
-    running_bits = split_in_two(sums.running())
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    tiles = tiles or forward_tiles(dim, q.element_size(), architecture(q.device), num_queries)
+    arch = architecture(q.device)
+    tiles = tiles or forward_tiles(dim, q.element_size(), arch, num_queries)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     num_tiles = triton.cdiv(num_queries, tiles.block_t)
+    block_d = padded_head_dim(dim)
+    descriptors = use_descriptors(arch, q, k, v, out)
+    tensors = (q, k, v, out)
+    if descriptors:
+        rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
+        tensors = [descriptor(x, n, block_d) for x, n in zip(tensors, rows, strict=True)]
     forgetting_attention_forward_kernel[(num_tiles * batch * num_heads,)](
-        q, k, v, out, running_bits, first_key, lse, scale * LOG2_E, num_queries, num_keys, num_heads, num_tiles,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], running_bits.stride(0),
-        G=num_heads // k.shape[1], D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s,
-        PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        *tensors, sums.within, sums.starts, first_key, lse, scale * LOG2_E, num_queries, num_keys, num_heads,
+        sums.starts.shape[-1], num_tiles, batch * num_heads, heads_in_l2(num_keys, dim, q.element_size()),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], sums.within.stride(0),
+        sums.starts.stride(0), G=num_heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_T=tiles.block_t,
+        BLOCK_S=tiles.block_s, PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, DESCRIPTORS=descriptors,
+        ANCHOR=q.dtype == torch.bfloat16,
+        LARGEST_SUM=LARGEST_SUM_FLOAT16 if q.dtype == torch.float16 else LARGEST_SUM, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -89,32 +89,21 @@ def running_sums_kernel(
 
 
 @triton.jit
-def _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS: tl.constexpr):
-    """Gradient of the running sum at the positions s, float64."""
-    dlam = -tl.load(column_ptr + batch_head * S + s, mask=s < S, other=0.0).to(tl.float64)
-    if HAS_ROWS:
-        t = s - (S - T)
-        dlam += tl.load(row_ptr + batch_head * T + t, mask=(t >= 0) & (s < S), other=0.0).to(tl.float64)
-    return dlam
-
-
-@triton.jit
-def chunk_gradients_kernel(
-    column_ptr, row_ptr, total_ptr, T, S, num_chunks, HAS_ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
+def chunk_gradients_kernel(column_ptr, total_ptr, S, num_chunks, CHUNK: tl.constexpr):
+    """Of every chunk the sum of `column_sum`."""
     batch_head = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     s = chunk * CHUNK + tl.arange(0, CHUNK)
-    dlam = _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS)
-    tl.store(total_ptr + batch_head * num_chunks + chunk, tl.sum(dlam, axis=0))
+    column_sum = tl.load(column_ptr + batch_head * S + s, mask=s < S, other=0.0).to(tl.float64)
+    tl.store(total_ptr + batch_head * num_chunks + chunk, tl.sum(column_sum, axis=0))
 
 
 @triton.jit
 def gate_gradient_kernel(
-    gate_ptr, column_ptr, row_ptr, total_ptr, dgate_ptr, T, S, H, num_chunks, stride_b, stride_h, stride_s,
-    HAS_ROWS: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    gate_ptr, column_ptr, total_ptr, dgate_ptr, S, H, num_chunks, stride_b, stride_h, stride_s,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`dgate_t = sum_{s >= t} dlam_s`, 0 at closed gates."""
+    """`dgate_t = -sum_{s >= t} column_sum_s`, 0 at closed gates."""
     batch_head = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     s = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -124,8 +113,8 @@ def gate_gradient_kernel(
         other = tl.arange(0, CHUNKS)
         later = (other > chunk) & (other < num_chunks)
         after = tl.sum(tl.load(total_ptr + batch_head * num_chunks + other, mask=later, other=0.0), axis=0)
-    dlam = _load_dlam(column_ptr, row_ptr, batch_head, s, T, S, HAS_ROWS)
-    dgate = tl.where(closed, 0.0, after + tl.cumsum(dlam, axis=0, reverse=True))
+    column_sum = tl.load(column_ptr + batch_head * S + s, mask=s < S, other=0.0).to(tl.float64)
+    dgate = tl.where(closed, 0.0, -(after + tl.cumsum(column_sum, axis=0, reverse=True)))
     tl.store(dgate_ptr + batch_head * S + s, dgate.to(tl.float32), mask=s < S)
 
 
@@ -162,22 +151,18 @@ def prepare(
     return within, starts, first_key
 
 
-def gate_gradient(column_sum: torch.Tensor, row_sum: torch.Tensor | None, log_fgate: torch.Tensor) -> torch.Tensor:
-    """See `gates.gate_gradient`; `column_sum` and `row_sum` are contiguous."""
+def gate_gradient(column_sum: torch.Tensor, log_fgate: torch.Tensor) -> torch.Tensor:
+    """See `gates.gate_gradient`; `column_sum` is contiguous."""
     batch, num_heads, num_keys = column_sum.shape
-    num_queries = num_keys if row_sum is None else row_sum.shape[-1]
     dgate = torch.empty_like(column_sum)
     num_chunks, power = _chunks(num_keys)
     grid = (batch * num_heads, num_chunks)
-    rows = column_sum if row_sum is None else row_sum
     total = column_sum  # never read
     if num_chunks > 1:
         total = torch.empty(batch, num_heads, num_chunks, dtype=torch.float64, device=column_sum.device)
-        chunk_gradients_kernel[grid](
-            column_sum, rows, total, num_queries, num_keys, num_chunks, HAS_ROWS=row_sum is not None, CHUNK=CHUNK
-        )
+        chunk_gradients_kernel[grid](column_sum, total, num_keys, num_chunks, CHUNK=CHUNK)
     gate_gradient_kernel[grid](
-        log_fgate, column_sum, rows, total, dgate, num_queries, num_keys, num_heads, num_chunks, *log_fgate.stride(),
-        HAS_ROWS=row_sum is not None, CHUNKS=power, CHUNK=CHUNK,
+        log_fgate, column_sum, total, dgate, num_keys, num_heads, num_chunks, *log_fgate.stride(), CHUNKS=power,
+        CHUNK=CHUNK,
     )  # fmt: skip
     return dgate
