@@ -1,6 +1,6 @@
 """Attention kernels of the Forgetting Transformer; needs torch, and Triton on a GPU."""
 
-from .decode import GrowingSums, append_gates, empty_sums, forgetting_attention_decode, rewind_gates
+from .decode import GrowingSums, append_gates, empty_sums, forgetting_attention_decode
 from .forgetting_attention import forgetting_attention
 from .gates import GateSums, gate_sums
 from .pruning import PruningStats
@@ -16,5 +16,4 @@ __all__ = [
     "forgetting_attention_decode",
     "forgetting_attention_reference",
     "gate_sums",
-    "rewind_gates",
 ]
