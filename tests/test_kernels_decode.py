@@ -15,6 +15,7 @@ from fox_kernels.decode import (
     empty_sums,
     first_decoded_key,
     forgetting_attention_decode,
+    rewind_gates,
 )
 from fox_kernels.gates import GATE_BLOCK, GateSums, first_visible_key, gate_sums
 from fox_kernels.pruning import first_kept_key, paper_budget, pruning_threshold
@@ -208,13 +209,12 @@ def test_sums_of_pieces_have_the_bits_of_the_whole(cuts):
 
 
 @pytest.mark.parametrize("num_left", [0, 1, 127, 128, 129, 256, 299])
-def test_sums_go_on_from_an_earlier_block(num_left):
+def test_sums_go_on_from_where_they_were_rewound_to(num_left):
     log_fgate, other = (attention_inputs(queries=300, seed=seed)[3] for seed in (0, 1))
     growing = empty_sums(2, 4, 300)
     append_gates(growing, log_fgate, 0)
     mixed = torch.cat([log_fgate[..., :num_left], other[..., num_left:]], -1)
-    start = num_left // GATE_BLOCK * GATE_BLOCK
-    append_gates(growing, mixed[..., start:num_left], start)
+    rewind_gates(growing, log_fgate, num_left)
     append_gates(growing, mixed[..., num_left:], num_left)
     whole = gate_sums(mixed)
     assert torch.equal(growing.sums.within, whole.within)
@@ -327,10 +327,8 @@ def test_gpu_decoding_replays_from_a_cuda_graph_at_growing_length(tolerance):
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
-    # Back to the prompt: from the start of its last block.
     length.fill_(prompt)
-    start = prompt // GATE_BLOCK * GATE_BLOCK
-    append_gates(growing, log_fgate[..., start:prompt], start)
+    rewind_gates(growing, log_fgate, prompt)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

@@ -54,8 +54,8 @@ def append_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int | 
     """Add the gates of new keys to the sums of the `num_keys` before them, in place; the work is that of the new ones.
 
     On a CPU the result has the bits of `gates.gate_sums` of the whole sequence, however it is cut. On a GPU pieces of
-    several keys are summed in another order, in float64. To go back to S keys, append the gates from the start of the
-    last block once more: S rounded down to a multiple of 128 is the `num_keys` to go on from.
+    several keys are summed in another order, in float64. The last block keeps the sum of what was appended last: to go
+    back to fewer keys, call `rewind_gates` first.
 
     Args:
         log_fgate: `(B, H, T)` float32 nats. A closed gate counts as 0: tell `forgetting_attention_decode` of it by
@@ -117,6 +117,17 @@ def _append_on_cpu(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int)
     within[..., num_keys:end] = split_in_two(running * LOG2_E - block_starts[..., block])
     starts[..., first : last + 1] = split_in_two(block_starts)
     totals[..., first : last + 1] = new_totals
+
+
+def rewind_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int) -> None:
+    """Go back to the first `num_keys` keys, in place: the sums then go on with the bits of a sequence cut there.
+
+    Args:
+        log_fgate: `(B, H, >= num_keys)` float32 nats, the gates that were appended; only those of the last block are
+            read.
+    """
+    start = num_keys // GATE_BLOCK * GATE_BLOCK
+    append_gates(growing, log_fgate[..., start:num_keys], start)
 
 
 def forgetting_attention_decode(
