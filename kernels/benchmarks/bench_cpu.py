@@ -88,7 +88,7 @@ def measure_apart(backend, kind, shape, threads):
     """`measure` in a new process."""
     sizes = ",".join(map(str, shape))
     command = [sys.executable, __file__, "--worker", backend, kind, "--shapes", sizes, "--threads", str(threads)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def compare(backends, kind, shape, threads, rounds):
