@@ -59,7 +59,7 @@ def decode_tiles(head_dim: int, element_size: int, arch: int, num_rows: int) -> 
     dim = padded_head_dim(head_dim)
     most = min(32, 4096 // dim) if element_size >= 4 else min(64, 8192 // dim)
     block_r = max(16, min(most, triton.next_power_of_2(num_rows)))
-    block_s = max(16, min(GATE_BLOCK.value, 16384 // (2 * dim * element_size), 4096 // block_r))
+    block_s = max(16, min(GATE_BLOCK.value, 16384 // (2 * dim * element_size), 8192 // element_size // block_r))
     return DecodeTiles(block_r, block_s, 4, 3 if arch else 2, 3)
 
 
