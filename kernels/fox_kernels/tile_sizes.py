@@ -57,8 +57,9 @@ def backward_query_tiles(head_dim: int, element_size: int, arch: int) -> TileSiz
     if element_size >= 4:
         return TileSizes(64, 32, 4, 1) if dim <= 64 else TileSizes(32, 32, 4, 1)
     if dim <= 64:
-        # Hopper, 16384 tokens, 48 heads: 4.70 ms with 4 warps, 6.82 ms with 8, 4.87 ms with 64 queries.
-        return TileSizes(128, 64, 4, 3) if arch == 90 else TileSizes(128, 64, 8, 2)
+        # Hopper, 16384 tokens, 48 heads: 4.87 ms; 4.70 ms with 128 queries, which spill when Triton 3.9 compiles them,
+        # and 6.82 ms with 8 warps.
+        return TileSizes(64, 64, 4, 3) if arch == 90 else TileSizes(128, 64, 8, 2)
     if dim <= 128:
         # Hopper, 16384 tokens, 32 heads: 6.03 ms with 3 stages, 7.37 ms with 2.
         if arch >= 90:
@@ -77,7 +78,8 @@ def backward_key_tiles(head_dim: int, element_size: int, arch: int) -> TileSizes
         # Hopper, 16384 tokens, 48 heads: 7.09 ms with 3 stages, 7.73 ms with 2, 9.70 ms with 128 keys and 8 warps.
         return TileSizes(64, 64, 4, 3) if arch == 90 else TileSizes(32, 128, 8, 2)
     if dim <= 128:
-        # Two accumulators of 128 columns are half of a thread's registers. Hopper, 16384 tokens, 32 heads: 8.08 ms,
-        # with 3 stages 9.29 ms, with 128 keys and 8 warps 9.19 ms, with 32 queries at a time 12.1 ms.
+        # Two accumulators of 128 columns are half of a thread's registers. Hopper, 16384 tokens, 32 heads: 8.08 ms with
+        # spills, most of them in the masked loop; 9.29 ms with 3 stages, 9.19 ms with 128 keys and 8 warps, 12.1 ms
+        # with 32 queries at a time.
         return TileSizes(64, 64, 4, 2) if arch == 90 else TileSizes(32, 64, 8, 2)
     return TileSizes(32, 32, 8, 1)

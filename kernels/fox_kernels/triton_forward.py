@@ -343,8 +343,11 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 def use_descriptors(arch: int, *tensors: torch.Tensor) -> bool:
-    """Whether the tensor memory accelerator can address all of them: 16-byte steps, no expanded dimension."""
-    if arch < 90 or TensorDescriptor is None:
+    """Whether the tensor memory accelerator can address all of them: 16-byte steps, no expanded dimension.
+
+    float32 tiles take pointers: their products in three parts spill more with descriptors.
+    """
+    if arch < 90 or TensorDescriptor is None or tensors[0].element_size() != 2:
         return False
     return all(
         x.data_ptr() % 16 == 0
