@@ -186,7 +186,7 @@ def _keys(k, head, index, position, first_visible):
     """Keys at the positions `(A, W)` of A blocks of queries, `(A, W, D)` float32, 0 where they are not visible."""
     keys = k[index[:, 0, None], head[:, None], position.clamp(0, k.shape[2] - 1)].float()
     visible = (position >= first_visible[:, None]) & (position < k.shape[2])
-    return keys.masked_fill_(~visible[..., None], 0.0)
+    return keys if visible.all() else keys.masked_fill(~visible[..., None], 0.0)
 
 
 def _least_log_sum(rows, k, head, blocks, index, position, row_first, lam, scale_bits, dot_error) -> torch.Tensor:

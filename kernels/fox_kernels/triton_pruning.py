@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import GateSums
-from .tile_sizes import padded_head_dim
+from .tile_sizes import architecture, padded_head_dim
 
 # Of a product q . k relative to ||q|| ||k||, as in pruning.py.
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
@@ -476,13 +476,15 @@ def tight_rule(
     dropped = torch.empty(batch, num_heads, num_blocks, dtype=torch.int32, device=q.device)
     mass = torch.empty(batch, num_heads, num_blocks, dtype=torch.float32, device=q.device)
     block_d = padded_head_dim(dim)
+    chunk_d = min(block_d, 256 // q.element_size())
+    # Compiled for sm_80, sm_90 and sm_100, 8 warps never spill; 4 do not on Hopper, and leave room for two programs.
+    num_warps = 4 if architecture(q.device) == 90 and block_d == chunk_d else 8
     tight_rule_kernel[(batch * num_heads * num_blocks,)](
         q, k, *sums, first_visible, bound, norms, dropped, mass, scale, math.log(num_keys) - log_tolerance,
         log_tolerance, num_queries, num_keys, sums.starts.shape[-1], num_blocks, num_heads, num_kv_heads, num_chunks,
         sums.within.stride(0), sums.starts.stride(0), *bound_strides, *q.stride()[:3], *k.stride()[:3],
         HAS_BOUND=logit_bound is not None, DOT_ERROR=DOT_ERROR[q.dtype], D=dim, BLOCK_D=block_d,
-        CHUNK_D=min(block_d, 256 // q.element_size()), PRECISION=_precision(), NORM_CHUNK=NORM_CHUNK, WIDTH=128,
-        num_warps=4,
+        CHUNK_D=chunk_d, PRECISION=_precision(), NORM_CHUNK=NORM_CHUNK, WIDTH=128, num_warps=num_warps,
     )  # fmt: skip
     first_key = torch.empty_like(first_visible)
     first_keys_kernel[(batch * num_heads, triton.cdiv(num_blocks, ROW_BLOCKS))](
