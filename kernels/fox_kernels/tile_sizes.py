@@ -78,7 +78,7 @@ def backward_key_tiles(head_dim: int, element_size: int, arch: int) -> TileSizes
         # Hopper, 16384 tokens, 48 heads: 7.09 ms with 3 stages, 7.73 ms with 2, 9.70 ms with 128 keys and 8 warps.
         return TileSizes(64, 64, 4, 3) if arch == 90 else TileSizes(32, 128, 8, 2)
     if dim <= 128:
-        # Two accumulators of 128 columns are half of a thread's registers. Hopper, 16384 tokens, 32 heads: 8.08 ms with
+        # Two accumulators of 128 columns are half of a thread's registers. Hopper, 16384 tokens, 32 heads: 8.08 ms and
         # spills, most of them in the masked loop; 9.29 ms with 3 stages, 9.19 ms with 128 keys and 8 warps, 12.1 ms
         # with 32 queries at a time.
         return TileSizes(64, 64, 4, 2) if arch == 90 else TileSizes(32, 64, 8, 2)
