@@ -65,21 +65,23 @@ def default_attn_implementation() -> str:
     """The fastest exact backend of this machine.
 
     `fox_acp` where there is a CUDA device and fox_kernels is installed, else `sdpa`. Milliseconds of a training step
-    of two layers of FoX (Pro) by `kernels/benchmarks/bench_backends.py`, hidden size 192 on two CPU cores and float32,
-    768 on an H100 and bfloat16; the gates keep 1 to 10,000 tokens, log_pruning_tolerance=-10 skips 8 to 58 %:
+    of FoX (Pro) by `kernels/benchmarks/bench_backends.py`: two layers of width 192 on two CPU cores in float32; four of
+    width 768 on an H100 in bfloat16, the time of a step and, after it, of the GPU's kernels. The gates keep 1 to 10,000
+    tokens, log_pruning_tolerance=-10 skips 8 to 58 % by the paper's rule:
 
-    | batch x tokens | `eager` | `sdpa` | `flex_attention` | `fox_acp` | `fox_acp`, pruned |
-    | -------------- | ------- | ------ | ---------------- | --------- | ----------------- |
-    | CPU 16 x 256   | 609     | 463    | -                | 411       | 402               |
-    | CPU 8 x 1024   | 3507    | 1266   | -                | 1209      | 1400              |
-    | CPU 2 x 4096   | 10583   | 2026   | -                | 2495      | 2704              |
-    | H100 32 x 512  | 27      | 17 18  | 20               | 15 19     | 17 20             |
-    | H100 8 x 2048  | 60      | 17 18  | 44               | 16 21     | 17 21             |
-    | H100 2 x 8192  | 198     | 21 22  | 109              | 21 26     | 21 25             |
-    | H100 1 x 32768 | -       | 66     | -                | 77        | 49                |
+    | batch x tokens | `sdpa`        | `fox_acp`     | `fox_acp`, pruned |
+    | -------------- | ------------- | ------------- | ----------------- |
+    | CPU 16 x 256   | 531           | 546           | 543               |
+    | CPU 4 x 1024   | 643           | 702           | 673               |
+    | CPU 1 x 4096   | 1249          | 1285          | 1232              |
+    | H100 32 x 512  | 34.3, 27.8    | 34.2, 25.0    | 34.2, 25.0        |
+    | H100 8 x 2048  | 36.0, 29.8    | 39.6, 26.5    | 41.2, 26.0        |
+    | H100 2 x 8192  | 42.3, 37.4    | 40.7, 32.2    | 39.4, 29.0        |
+    | H100 1 x 32768 | 127.7, 125.9  | 110.3, 107.1  | 75.3, 71.5        |
 
-    Two figures are two runs. On the GPU `sdpa` and `fox_acp` differ by less than runs do until pruning counts. On the
-    CPU they are level, and `sdpa` does better at length.
+    On the H100 the kernels of `fox_acp` take less time at every length; at 8 x 2048 the step waits for Python, which
+    has more to launch. `eager` and `flex_attention` were slower everywhere (198 and 109 ms for two layers at
+    2 x 8192, where `sdpa` took 21).
     """
     return "fox_acp" if forgetting_attention is not None and torch.cuda.is_available() else "sdpa"
 

@@ -27,7 +27,7 @@ LAYER_TYPE = "forgetting_attention"
 
 FGATE_TYPES = ("full", "bias_only", "fixed", "none")
 OUTPUT_GATE_ACTS = ("sigmoid", "silu")
-PRUNING_RULES = ("paper",)
+PRUNING_RULES = ("paper", "tight")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 MLP_WIDTH_MULTIPLE = 256
 REPLICATED_STYLE = "replicated_with_grad_allreduce"
@@ -118,7 +118,8 @@ class FoxConfig(PreTrainedConfig):
             Natural log of the attention mass that a query may lose to skipped key blocks, negative; -10.0 allows
             4.5e-5. `None` computes every block. Only `attn_implementation="fox_acp"` prunes.
         pruning_rule (`str`, *optional*, defaults to `"paper"`):
-            How the blocks to skip are found. `"paper"`, the published threshold, is the only rule so far.
+            How the blocks to skip are found. `"paper"` is the published threshold on the gates; `"tight"` adds up
+            what the blocks weigh, skips more and costs more to decide. Decoding always takes `"paper"`.
 
     Raises:
         ValueError: If a value is out of range or two values contradict each other.

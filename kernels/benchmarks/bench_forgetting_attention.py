@@ -57,13 +57,20 @@ def contenders(q, k, v, log_fgate):
 
     # QK-norm with weight 1: |q . k| / sqrt(D) <= sqrt(D); 1 % covers the rounding of q and k to bfloat16.
     bound = 1.01 * q.shape[-1] ** 0.5
-    pruning = dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound)
+    rules = {
+        f"fox-acp-{rule}": dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound, pruning_rule=rule)
+        for rule in ("paper", "tight")
+    }
+    pruned = {
+        name: (lambda options=options: forgetting_attention(q, k, v, log_fgate, **options), (q, k, v, log_fgate))
+        for name, options in rules.items()
+    }
     return {
         "sdpa-cudnn": (dense(SDPBackend.CUDNN_ATTENTION), (q, k, v)),
         "sdpa-flash2": (dense(SDPBackend.FLASH_ATTENTION), (q, k, v)),
         "fox": (lambda: forgetting_attention(q, k, v, log_fgate), (q, k, v, log_fgate)),
-        "fox-acp-paper": (lambda: forgetting_attention(q, k, v, log_fgate, **pruning), (q, k, v, log_fgate)),
-    }, pruning
+        **pruned,
+    }, rules
 
 
 def quantiles(function):
@@ -74,9 +81,11 @@ def bench(shape, common):
     batch, heads, length, head_dim = shape
     inputs = workload(*shape)
     grad_out = torch.randn_like(inputs[0])
-    functions, pruning = contenders(*inputs)
-    stats = forgetting_attention(*inputs, **pruning, return_stats=True)[1]
-    pruned = float(stats.pruned_fraction.mean())
+    functions, rules = contenders(*inputs)
+    pruned = {
+        name: float(forgetting_attention(*inputs, **options, return_stats=True)[1].pruned_fraction.mean())
+        for name, options in rules.items()
+    }
     work = 2.0 * batch * heads * length**2 * head_dim / 1e12
     rows = []
     for op, (function, leaves) in functions.items():
@@ -88,11 +97,15 @@ def bench(shape, common):
             p20, p50, p80 = quantiles(call)
             row = {
                 "op": op, "pass": name, "batch": batch, "heads": heads, "length": length, "head_dim": head_dim,
-                "dtype": "bfloat16", "pruned_fraction": round(pruned, 4) if op == "fox-acp-paper" else 0.0,
+                "dtype": "bfloat16", "pruned_fraction": round(pruned.get(op, 0.0), 4),
                 "p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4),
                 "dense_tflops": round(flops / p50 * 1e3, 1), **common,
             }  # fmt: skip
-            print(f"{shape!s:24} {op:14} {name:17} {p50:8.3f} ms {row['dense_tflops']:7.1f} TFLOP/s", flush=True)
+            print(
+                f"{shape!s:24} {op:14} {name:17} {p50:8.3f} ms {row['dense_tflops']:7.1f} TFLOP/s   "
+                f"pruned {row['pruned_fraction']:.1%}",
+                flush=True,
+            )
             rows.append(row)
     return rows
 

@@ -53,7 +53,10 @@ def forgetting_attention(
         scale: Factor on `q . k`. Default: `D ** -0.5`.
         log_pruning_tolerance: Adaptive computation pruning: natural log of the attention mass that a row may lose to
             skipped blocks, e.g. -10.0 for 4.5e-5. Default: None, nothing is skipped.
-        pruning_rule: `"paper"`: a block is skipped when its largest decay is below `-2U - log S + log eps`.
+        pruning_rule: `"paper"`: a block of keys is skipped when its largest decay is below `-2U - log S + log eps`;
+            looks at the gates only. `"tight"`: when it and all before it hold less than eps of every row's attention,
+            added up from the scores; looks at queries and keys where decay leaves something to win, skips more, and
+            costs more to decide.
         logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Default:
             None, measured as `|scale| * max ||q|| * max ||k||` per head in float32.
         key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding.

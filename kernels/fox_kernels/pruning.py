@@ -22,7 +22,7 @@ except ImportError:  # no Triton: forgetting_attention.py gives the reason when 
 PRUNING_BLOCK_T = 128
 PRUNING_BLOCK_S = 64
 
-PRUNING_RULES = ("paper",)
+PRUNING_RULES = ("paper", "tight")
 
 # The tight rule asks for this much more than it needs, nats, for all its roundings but those of products q . k. These
 # it bounds by DOT_ERROR * |scale| ||q|| ||k||: tf32 loses 2**-9 of it, 256 sums in float32 on tensor cores 2**-14.

@@ -346,23 +346,24 @@ def tight_rule_kernel(
                     going = (count == WIDTH) & (tested < end)
                 spent = tl.math.exp2(reach - farthest + (log_eps - 1.0)) * share
 
-                # 5. With scores, block after block, until eps is spent.
+                # 5. With scores, block after block, until eps is spent. A loop with a condition would say it better;
+                # Triton 3.6 fails to lay out a tensor that one carries.
                 eps = tl.math.exp2(tl.full([], 0.0, tl.float32) + log_eps)
                 going = tested < end
-                while going:
-                    s = tested * BLOCK_S + tl.arange(0, BLOCK_S)
-                    score, k_norm = _scores(
-                        q, q_ptr, t, full, q_stride_t, k_ptr, s, s >= first_visible, k_stride_s, D, BLOCK_D, CHUNK_D,
-                        PRECISION,
-                    )  # fmt: skip
-                    lam_s = _running(within_ptr, starts_ptr, s, True, within_low, starts_low)
-                    decay = (lam_first - lam_s).to(tl.float32)
-                    weight = tl.math.exp2(score * (scale * LOG2_E) + (decay[None, :] + to_row[:, None]))
-                    weight = tl.sum(weight, axis=1) * tl.math.exp2(dot_error * k_norm)
-                    passes = tl.min((spent + weight <= eps).to(tl.int32), axis=0) == 1
-                    spent = tl.where(passes, spent + weight, spent)
-                    tested += passes.to(tl.int32)
-                    going = passes & (tested < end)
+                for block in tl.range(tested, end, num_stages=1):
+                    if going:
+                        s = block * BLOCK_S + tl.arange(0, BLOCK_S)
+                        score, k_norm = _scores(
+                            q, q_ptr, t, full, q_stride_t, k_ptr, s, s >= first_visible, k_stride_s, D, BLOCK_D,
+                            CHUNK_D, PRECISION,
+                        )  # fmt: skip
+                        lam_s = _running(within_ptr, starts_ptr, s, True, within_low, starts_low)
+                        decay = (lam_first - lam_s).to(tl.float32)
+                        weight = tl.math.exp2(score * (scale * LOG2_E) + (decay[None, :] + to_row[:, None]))
+                        weight = tl.sum(weight, axis=1) * tl.math.exp2(dot_error * k_norm)
+                        going = tl.min((spent + weight <= eps).to(tl.int32), axis=0) == 1
+                        spent = tl.where(going, spent + weight, spent)
+                        tested += going.to(tl.int32)
                 if tested > dropped:
                     dropped = tested
                     mass = tl.max(spent, axis=0)
