@@ -65,9 +65,9 @@ def default_attn_implementation() -> str:
     """The fastest exact backend of this machine.
 
     `fox_acp` where there is a CUDA device and fox_kernels is installed, else `sdpa`. Milliseconds of a training step
-    of FoX (Pro) by `kernels/benchmarks/bench_backends.py`: two layers of width 192 on two CPU cores in float32; four of
-    width 768 on an H100 in bfloat16, the time of a step and, after it, of the GPU's kernels. The gates keep 1 to 10,000
-    tokens, log_pruning_tolerance=-10 skips 8 to 58 % by the paper's rule:
+    of FoX (Pro) by `kernels/benchmarks/bench_backends.py`: two layers of width 192 on two CPU cores in float32; four
+    of width 768 on an H100 in bfloat16, the time of a step and, after it, of the GPU's kernels. The gates keep 1 to
+    10,000 tokens, log_pruning_tolerance=-10 skips 8 to 58 % by the paper's rule:
 
     | batch x tokens | `sdpa`        | `fox_acp`     | `fox_acp`, pruned |
     | -------------- | ------------- | ------------- | ----------------- |
