@@ -1,8 +1,8 @@
 """Time forgetting attention beside PyTorch's dense attention on one GPU, forward and forward + backward.
 
-    python kernels/benchmarks/bench_forgetting_attention.py                      the whole workload, rows to
-    results.csv python kernels/benchmarks/bench_forgetting_attention.py --shapes 2,24,16384,64 --csv /tmp/try.csv
-    python kernels/benchmarks/bench_forgetting_attention.py --skip-tests         no tests first; the rows say so
+    python kernels/benchmarks/bench_forgetting_attention.py                the whole workload, rows to results.csv
+    python kernels/benchmarks/bench_forgetting_attention.py --shapes 2,24,16384,64 --csv try.csv
+    python kernels/benchmarks/bench_forgetting_attention.py --skip-tests   no tests first; the rows say so
 
 The workload: q and k normal and RMS-normalised per head (as QK-norm with weight 1 leaves them), v normal, bfloat16;
 head h of H forgets c_h = 10 ** (-4 h / (H - 1)) nats a token on average, each gate -c_h times an exponential
