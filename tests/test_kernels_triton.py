@@ -80,9 +80,7 @@ def test_interpreted_kernels_prune_the_pairs_that_the_cpu_path_prunes(_, poisone
         torch.testing.assert_close(x.float(), y, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=interpret), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpret), pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_tile_of_keys_knows_which_queries_see_it(device, poisoned_memory):
     first = torch.randint(0, 200, (2, 3, 150), dtype=torch.int32).sort(-1).values.to(device)
     rows = triton_backward.queries_of_key_tiles(first, 200, 64)
