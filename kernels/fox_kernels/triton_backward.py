@@ -32,9 +32,11 @@ from .triton_forward import (
     at_head,
     descriptor,
     dot_precision,
+    full_decay,
     heads_in_l2,
     load_pair,
     load_tile,
+    store_tile,
     use_descriptors,
 )
 
@@ -120,15 +122,13 @@ def _query_step(
     value = load_tile(v, batch, kv_head, start, S, v_stride, D, BLOCK_D, BLOCK_S, MASKED, DESCRIPTORS)
     score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * score_scale
     if MASKED and EXACT:
-        s = start + tl.arange(0, BLOCK_S)
         row_start, row_within, row_low, _ = _row_sums(
             within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, start_t, T, S, BLOCK_T
         )
-        within = tl.load(within_ptr + s, mask=s < S, other=0.0)
-        low = tl.load(within_ptr + within_low + s, mask=s < S, other=0.0)
-        start_high, start_low = load_pair(starts_ptr, starts_low, start // BLOCK)
-        decay = (row_start - start_high)[:, None] - within[None, :] + row_within[:, None]
-        score += decay + ((row_low - start_low)[:, None] - low[None, :]) - lse[:, None]
+        score += full_decay(
+            within_ptr, starts_ptr, within_low, starts_low, row_start, row_within, row_low, start, S, BLOCK_S
+        )
+        score -= lse[:, None]
     else:
         bias = _bias(
             within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, 0.0, start, S, BLOCK_S,
@@ -221,17 +221,6 @@ def forgetting_attention_backward_query_kernel(
     store_tile(
         dq, dq_tile * scale, batch, head, start_t, T, dq_stride_b, dq_stride_h, dq_stride_t, D, BLOCK_D, BLOCK_T
     )
-
-
-@triton.jit
-def store_tile(
-    ptr, x, batch, head, start, num_rows, stride_b, stride_h, stride_row,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    row = start + tl.arange(0, BLOCK_ROWS)
-    d = tl.arange(0, BLOCK_D)
-    at = at_head(ptr, batch, head, stride_b, stride_h, False) + row[:, None].to(tl.int64) * stride_row + d[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=(row[:, None] < num_rows) & (d[None, :] < D))
 
 
 @triton.jit

@@ -4,11 +4,11 @@
 
 A program owns a tile of queries. It begins on the diagonal with an online softmax (FlashAttention-2,
 arXiv:2307.08691, algorithm 1), after which every row has a maximum that includes its own key. From there leftwards
-the decay only lowers the scores, so for 16-bit inputs the maximum of the tile's rows stays as the *anchor* of all of
-them: one fused multiply-add and one exp2 a score, no maximum, no rescaling. What that takes for granted is checked: a
-tile whose rows' maxima lie further apart than float32 holds, or whose sum outgrew `LARGEST_SUM` against its anchor,
-goes through the online softmax instead. Both see the same pairs. The bias is that of the Forgetting Transformer
-(arXiv:2503.02130). `first_i` hides padding, closed gates and what pruning dropped: see gates.py.
+the decay only lowers the scores, so the maximum stays as it is: in bfloat16 that of all the tile's rows, the *anchor*,
+one fused multiply-add and one exp2 a score; in other dtypes, and where the rows lie further apart than float32 holds,
+each row's own. What that takes for granted is checked: a tile whose sum outgrew `LARGEST_SUM` is done again with a
+running maximum. All see the same pairs. The bias is that of the Forgetting Transformer (arXiv:2503.02130). `first_i`
+hides padding, closed gates and what pruning dropped: see gates.py.
 
 Letters:  B batch, H query heads, G query heads per key head, T queries (the last of the keys), S keys, D head dim,
           N blocks of `GATE_BLOCK` keys.
@@ -79,6 +79,17 @@ def at_head(x, batch, head, stride_b, stride_h, DESCRIPTORS: tl.constexpr):
 
 
 @triton.jit
+def store_tile(
+    ptr, x, batch, head, start, num_rows, stride_b, stride_h, stride_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    row = start + tl.arange(0, BLOCK_ROWS)
+    d = tl.arange(0, BLOCK_D)
+    at = at_head(ptr, batch, head, stride_b, stride_h, False) + row[:, None].to(tl.int64) * stride_row + d[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=(row[:, None] < num_rows) & (d[None, :] < D))
+
+
+@triton.jit
 def load_pair(ptr, low, at):
     """High and low part of one number."""
     return tl.load(ptr + at), tl.load(ptr + low + at)
@@ -127,6 +138,19 @@ def _row_sums(
 
 
 @triton.jit
+def full_decay(
+    within_ptr, starts_ptr, within_low, starts_low, row_start, row_within, row_low, start, S, BLOCK_S: tl.constexpr
+):
+    """lam_i - lam_j of the rows of `_row_sums` and the keys start .. start + BLOCK_S - 1, exact to float32; bits."""
+    s = start + tl.arange(0, BLOCK_S)
+    within = tl.load(within_ptr + s, mask=s < S, other=0.0)
+    low = tl.load(within_ptr + within_low + s, mask=s < S, other=0.0)
+    start_high, start_low = load_pair(starts_ptr, starts_low, start // BLOCK)
+    decay = (row_start - start_high)[:, None] - within[None, :] + row_within[:, None]
+    return decay + ((row_low - start_low)[:, None] - low[None, :])
+
+
+@triton.jit
 def _online(
     q, k, v, batch, kv_head, k_stride, v_stride, within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within,
     ref_low, first_key_ptr, start_t, begin, end, T, S, score_scale,
@@ -149,12 +173,9 @@ def _online(
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION) * score_scale
         if EXACT:
             # Relative to lam_i itself: on the diagonal the parts on both sides of `ref` have opposite signs.
-            s = start + tl.arange(0, BLOCK_S)
-            within = tl.load(within_ptr + s, mask=s < S, other=0.0)
-            low = tl.load(within_ptr + within_low + s, mask=s < S, other=0.0)
-            start_high, start_low = load_pair(starts_ptr, starts_low, start // BLOCK)
-            decay = (row_start - start_high)[:, None] - within[None, :] + row_within[:, None]
-            score += decay + ((row_low - start_low)[:, None] - low[None, :])
+            score += full_decay(
+                within_ptr, starts_ptr, within_low, starts_low, row_start, row_within, row_low, start, S, BLOCK_S
+            )
         else:
             bias = _bias(
                 within_ptr, starts_ptr, within_low, starts_low, ref_start, ref_within, ref_low, 0.0, start, S,
@@ -326,10 +347,7 @@ def forgetting_attention_forward_kernel(
     if DESCRIPTORS:
         o.store([batch, head, start_t, 0], tl.reshape(out.to(o.dtype), [1, 1, BLOCK_T, BLOCK_D]))
     else:
-        d = tl.arange(0, BLOCK_D)
-        o = at_head(o, batch, head, o_stride_b, o_stride_h, DESCRIPTORS)
-        at = o + t[:, None].to(tl.int64) * o_stride_t + d[None, :]
-        tl.store(at, out.to(o.dtype.element_ty), mask=(t[:, None] < T) & (d[None, :] < D))
+        store_tile(o, out, batch, head, start_t, T, o_stride_b, o_stride_h, o_stride_t, D, BLOCK_D, BLOCK_T)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
