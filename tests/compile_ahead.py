@@ -84,16 +84,17 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys):
     k = torch.empty(1, kv_heads, keys, head_dim, dtype=dtype)
     gates = torch.zeros(1, heads, keys)
     sums, first = gate_sums(gates), torch.zeros(1, heads, queries, dtype=torch.int32)
-    triton_gates.prepare(gates, None, queries)
+    packed = torch.zeros(3, dtype=torch.int32)
+    triton_gates.prepare(gates, None, queries, 100, packed)
     out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
     column_sum = triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)[-1]
-    triton_gates.gate_gradient(column_sum, gates)
+    triton_gates.gate_gradient(column_sum, gates, packed)
     rule = dict(scale=1.0, log_tolerance=-10.0, logit_bound=None)
     for prune in (triton_pruning.paper_rule, triton_pruning.tight_rule):
         prune(q, k, sums, first, torch.zeros(1, dtype=torch.int64), **rule)
     growing = empty_sums(1, heads, keys)
     bound = torch.zeros(1, heads)
-    triton_decode.forward(q[:, :, :4], k, k, growing.sums, keys, None, 1.0, logit_bound=bound, budget=18.0)
+    triton_decode.forward(q[:, :, :4], k, k, growing.sums, keys, None, 1.0, logit_bound=bound, budget=18.0, window=99)
     triton_decode.append_gates(*growing, gates[..., :4], 0, None)
 
 

@@ -1,6 +1,21 @@
 """What several test files share. The only place with a numerical tolerance for kernels."""
 
+import os
+
+import pytest
 import torch
+
+# A Triton kernel runs in the interpreter on a CPU, and on a GPU.
+DEVICES = [
+    pytest.param(
+        "cpu",
+        marks=[
+            pytest.mark.interpret,
+            pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1"),
+        ],
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
 
 
 def assert_as_accurate_as_torch(got, torch_same_dtype, exact, *, factor=2.0, floor=1e-5, name="output"):

@@ -1,23 +1,12 @@
 """Running sums and the gate gradient: exact in pairs of float32, and the Triton twins give what PyTorch gives."""
 
 import math
-import os
 
 import pytest
 import torch
 
 from fox_kernels.gates import GATE_BLOCK, GateSums, first_visible_key, gate_gradient, gate_sums
-
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=[
-            pytest.mark.interpret,
-            pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1"),
-        ],
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+from helpers import DEVICES
 
 
 def random_gates(length, device="cpu"):
@@ -58,3 +47,23 @@ def test_triton_gate_gradient_is_that_of_pytorch(device, keys, poisoned_memory):
     expected = gate_gradient(columns.cpu(), log_fgate.cpu())
     got = triton_gates.gate_gradient(columns, log_fgate)
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "lengths", [[1], [1000, 24], [0, 700, 1, 323, 0, 1024, 452, 0], [100, 3000, 60], [1024, 1024, 400]], ids=str
+)
+def test_triton_gates_of_packed_sequences_are_those_of_each(lengths, device, poisoned_memory):
+    triton_gates = pytest.importorskip("fox_kernels.triton_gates", reason="Triton has wheels for Linux only")
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+    total, window = sum(lengths), 700
+    log_fgate, columns = random_gates(total, device)[:1], torch.randn(1, 3, total, device=device)
+    _, _, first_key = triton_gates.prepare(log_fgate, None, total, window, cu_seqlens)
+    gradient = triton_gates.gate_gradient(columns, log_fgate, cu_seqlens)
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        of = slice(start, start + length)
+        if length:
+            expected = first_visible_key(log_fgate[..., of], None, length, window)
+            assert torch.equal(first_key[..., of], expected + start)
+            expected = gate_gradient(columns[..., of].cpu(), log_fgate[..., of].cpu())
+            torch.testing.assert_close(gradient[..., of].cpu(), expected, rtol=1e-6, atol=1e-6)

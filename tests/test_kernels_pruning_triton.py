@@ -1,27 +1,16 @@
 """The Triton kernels of pruning against its PyTorch definition: in the interpreter on a CPU, and on a GPU."""
 
 import math
-import os
 
 import pytest
 import torch
 
 from fox_kernels import pruning
 from fox_kernels.gates import first_visible_key, gate_sums
-from helpers import attention_inputs
+from helpers import DEVICES, attention_inputs
 
 triton_pruning = pytest.importorskip("fox_kernels.triton_pruning", reason="Triton has wheels for Linux only")
 
-DEVICES = [
-    pytest.param(
-        "cpu",
-        marks=[
-            pytest.mark.interpret,
-            pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1"),
-        ],
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 # What a test of one rule varies. Gates between exp(-20) and 1 prune from every block to none.
 SHAPES = [
     pytest.param(dict(queries=1, keys=1000), id="one-query"),

@@ -5,6 +5,7 @@ from .forgetting_attention import forgetting_attention
 from .gates import GateSums, gate_sums
 from .pruning import PruningStats
 from .reference import forgetting_attention_reference
+from .varlen import forgetting_attention_varlen
 
 __all__ = [
     "GateSums",
@@ -15,5 +16,6 @@ __all__ = [
     "forgetting_attention",
     "forgetting_attention_decode",
     "forgetting_attention_reference",
+    "forgetting_attention_varlen",
     "gate_sums",
 ]

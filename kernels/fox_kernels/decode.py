@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .forgetting_attention import _check_pruning, _check_tensors, _require_triton
+from .forgetting_attention import _check_pruning, _check_tensors, _check_window, _require_triton
 from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
 from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
 
@@ -140,6 +140,7 @@ def forgetting_attention_decode(
     scale: float | None = None,
     first_key: torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
+    window: int | None = None,
     log_pruning_tolerance: float | None = None,
     pruning_rule: str = "paper",
     logit_bound: float | torch.Tensor | None = None,
@@ -160,6 +161,7 @@ def forgetting_attention_decode(
         first_key: `(B, H, T)` int32, first key that each query may see, as `gates.first_visible_key` gives it; needed
             where gates are closed, which the sums do not tell. Default: None, 0.
         key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding.
+        window: A query sees at most so many keys, its own included; the others are not read. Default: None, all.
         log_pruning_tolerance: Natural log of the attention mass that a row may lose to skipped keys. Default: None,
             nothing is skipped.
         pruning_rule: `"paper"`, see `forgetting_attention`.
@@ -180,6 +182,7 @@ def forgetting_attention_decode(
     _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start)
     if pruning_rule != "paper":
         raise ValueError(f"pruning_rule must be 'paper' while decoding; got {pruning_rule!r}.")
+    _check_window(window)
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
     if log_pruning_tolerance is None:
         bound = None
@@ -197,7 +200,7 @@ def forgetting_attention_decode(
     # The op is for compilers: going through the dispatcher takes 90 of 250 us of a call with nothing to compute.
     decode = _decode_op if torch.compiler.is_compiling() else _decode
     with torch.no_grad():
-        return decode(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance)
+        return decode(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance, window)
 
 
 def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
@@ -241,18 +244,21 @@ def _decode(
     key_start: torch.Tensor | None,
     logit_bound: torch.Tensor | None,
     log_tolerance: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     sums = GateSums(within, starts)
     if q.device.type == "cpu":
         # Autocast reaches into a custom op and would round the scores.
         with torch.autocast("cpu", enabled=False):
             num_keys = num_keys if length is None else int(length)
-            first = first_decoded_key(sums, num_keys, first_key, key_start, logit_bound, log_tolerance, q.shape[2])
+            first = first_decoded_key(
+                sums, num_keys, first_key, key_start, logit_bound, log_tolerance, q.shape[2], window
+            )
             return _decode_on_cpu(q, k, v, sums, num_keys, first, scale)
     _require_triton()
     return triton_decode.forward(
         q, k, v, sums, num_keys, length, scale, first_key, key_start, logit_bound,
-        paper_budget(num_keys, log_tolerance),
+        paper_budget(num_keys, log_tolerance), window,
     )  # fmt: skip
 
 
@@ -262,7 +268,7 @@ _decode_op = torch.library.custom_op(
 
 
 @_decode_op.register_fake
-def _(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance):
+def _(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance, window=None):
     return torch.empty_like(q)
 
 
@@ -274,6 +280,7 @@ def first_decoded_key(
     logit_bound: torch.Tensor | None,
     log_tolerance: float,
     num_queries: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """First key of each query, `(B, H, T)` int32: what `pruning.first_kept_key` gives, from one sum per block.
 
@@ -285,6 +292,8 @@ def first_decoded_key(
     first = torch.zeros(batch, num_heads, num_queries, dtype=torch.int32) if first_key is None else first_key
     if key_start is not None:
         first = first.clamp(min=key_start.to(torch.int32)[:, None, None])
+    if window is not None:
+        first = first.clamp(min=torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32) - (window - 1))
     if logit_bound is None:
         return first
     threshold = pruning_threshold(logit_bound, num_keys, log_tolerance)

@@ -31,6 +31,7 @@ def forgetting_attention(
     pruning_rule: str = "paper",
     logit_bound: float | torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
+    window: int | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, PruningStats]:
     """Causal softmax attention whose scores decay by a learned forget gate, optionally pruned with a proof.
@@ -59,7 +60,10 @@ def forgetting_attention(
             costs more to decide.
         logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Default:
             None, measured as `|scale| * max ||q|| * max ||k||` per head in float32.
-        key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding.
+        key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding. Padding on the
+            right needs nothing: no query before it sees it.
+        window: A query sees at most so many keys, its own included. Default: None, all before it. Whatever else hides
+            keys hides them as well.
         return_stats: Also return `PruningStats`: per head the share of visible pairs skipped and the bound on the
             lost mass.
 
@@ -72,20 +76,37 @@ def forgetting_attention(
             `logit_bound` that holds) are not checked: that would synchronise the device.
         ImportError: For CUDA tensors without Triton.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _under_autocast(q, k, v)
     _check_tensors(q, k, v, log_fgate, key_start)
+    return _attend(
+        q, k, v, log_fgate, scale=scale, log_pruning_tolerance=log_pruning_tolerance, pruning_rule=pruning_rule,
+        logit_bound=logit_bound, key_start=key_start, window=window, return_stats=return_stats,
+    )  # fmt: skip
+
+
+def _under_autocast(*tensors):
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+
+
+def _attend(
+    q, k, v, log_fgate, *, scale, log_pruning_tolerance, pruning_rule, logit_bound, key_start=None, window=None,
+    cu_seqlens=None, return_stats=False,
+):  # fmt: skip
+    """`forgetting_attention` of tensors that are checked; `cu_seqlens` as in `gates.first_visible_key`."""
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
+    _check_window(window)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, _, within, starts, first_key = _forgetting_attention(
-        q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start
+        q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start, window, cu_seqlens
     )
     if not return_stats:
         return out
     with torch.no_grad():
-        visible = first_visible_key(log_fgate, key_start, q.shape[2])
+        visible = first_visible_key(log_fgate, key_start, q.shape[2], window, cu_seqlens)
         return out, statistics(
             q, k, GateSums(within, starts), visible, first_key, key_start, scale=scale, rule=pruning_rule,
             log_tolerance=log_pruning_tolerance, logit_bound=bound,
@@ -171,6 +192,11 @@ def _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound):
     return logit_bound.detach().to(q.device)
 
 
+def _check_window(window):
+    if window is not None and not window >= 1:
+        raise ValueError(f"window must be at least 1, the query's own key; got {window}. For no window pass None.")
+
+
 def _require_triton():
     if triton_forward is None:
         raise ImportError(
@@ -190,9 +216,11 @@ def _forgetting_attention(
     rule: str,
     logit_bound: torch.Tensor | None,
     key_start: torch.Tensor | None,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
-    sums, first_key = prepare(log_fgate, key_start, q.shape[2])
+    sums, first_key = prepare(log_fgate, key_start, q.shape[2], window, cu_seqlens)
     # Autocast reaches into a custom op and would round the scores.
     with torch.autocast(q.device.type, enabled=False):
         if log_tolerance is not None:
@@ -209,7 +237,7 @@ def _forgetting_attention(
 
 
 @_forgetting_attention.register_fake
-def _(q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start):
+def _(q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start, window=None, cu_seqlens=None):
     rows = q.shape[:-1]
     num_blocks = -(-log_fgate.shape[-1] // GATE_BLOCK)
     return (
@@ -233,6 +261,7 @@ def _forgetting_attention_backward(
     within: torch.Tensor,
     starts: torch.Tensor,
     first_key: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     sums = GateSums(within, starts)
@@ -242,11 +271,11 @@ def _forgetting_attention_backward(
         dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
     else:
         dq, dk, dv, column_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
-    return dq, dk, dv, gate_gradient(column_sum, log_fgate)
+    return dq, dk, dv, gate_gradient(column_sum, log_fgate, cu_seqlens)
 
 
 @_forgetting_attention_backward.register_fake
-def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, scale):
+def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, cu_seqlens, scale):
     return (
         torch.empty_like(q),
         torch.empty_like(k),
@@ -256,17 +285,17 @@ def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_fgate, ctx.scale, *_ = inputs
-    ctx.save_for_backward(q, k, v, log_fgate, *output)
+    q, k, v, log_fgate, ctx.scale, *_, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, log_fgate, *output, cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 9
+        return (None,) * 11
     grads = _forgetting_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*grads, *(None,) * 5)
+    return (*grads, *(None,) * 7)
 
 
 _forgetting_attention.register_autograd(_backward, setup_context=_setup_context)

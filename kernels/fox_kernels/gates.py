@@ -5,10 +5,12 @@ Letters:  B batch, H query heads, T queries, S keys, N blocks of 128 keys; the q
 Units:    nats, unless a name ends in `_bits`.
 
 One integer per query, `first_key (B, H, T)`, carries everything that hides a prefix of the keys: padding, closed
-gates and (pruning.py) what has decayed away. It never decreases along T, so every kernel loops over
-`[first_key, query]` and forward and backward use the same set of pairs whatever their tile sizes are.
+gates, a sliding window, the sequences before its own when several are packed into one, and (pruning.py) what has
+decayed away. It never decreases along T, so every kernel loops over `[first_key, query]` and forward and backward use
+the same set of pairs whatever their tile sizes are.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -71,8 +73,20 @@ def gate_sums(log_fgate: torch.Tensor) -> GateSums:
     return GateSums(split_in_two(within), split_in_two(starts))
 
 
-def first_visible_key(log_fgate: torch.Tensor, key_start: torch.Tensor | None, num_queries: int) -> torch.Tensor:
-    """First key that each query may see: after padding, and not before the last closed gate. `(B, H, T)` int32."""
+def first_visible_key(
+    log_fgate: torch.Tensor,
+    key_start: torch.Tensor | None,
+    num_queries: int,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """First key that each query may see, `(B, H, T)` int32: after padding, not before the last closed gate.
+
+    Args:
+        window: At most so many keys, the query's own included.
+        cu_seqlens: `(sequences + 1,)` integers, where packed sequences start and the last one ends: not before the
+            query's own sequence.
+    """
     num_keys = log_fgate.shape[-1]
     position = torch.arange(num_keys, device=log_fgate.device, dtype=torch.int32)
     last_reset = (
@@ -80,27 +94,44 @@ def first_visible_key(log_fgate: torch.Tensor, key_start: torch.Tensor | None, n
     )
     if key_start is not None:
         last_reset = torch.maximum(last_reset, key_start.to(torch.int32)[:, None, None])
+    query = position[num_keys - num_queries :]
+    if window is not None:
+        last_reset = torch.maximum(last_reset, query - (window - 1))
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens, query.to(cu_seqlens.dtype), right=True) - 1
+        last_reset = torch.maximum(last_reset, cu_seqlens[sequence.clamp_(min=0)].to(torch.int32))
     return last_reset.to(torch.int32).contiguous()
 
 
 def prepare(
-    log_fgate: torch.Tensor, key_start: torch.Tensor | None, num_queries: int
+    log_fgate: torch.Tensor,
+    key_start: torch.Tensor | None,
+    num_queries: int,
+    window: int | None = None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[GateSums, torch.Tensor]:
     """`gate_sums` and `first_visible_key`; on a GPU in one or two kernels."""
+    arguments = (log_fgate, key_start, num_queries, window, cu_seqlens)
     if log_fgate.device.type == "cuda" and triton_gates is not None:
-        within, starts, first_key = triton_gates.prepare(log_fgate, key_start, num_queries)
+        within, starts, first_key = triton_gates.prepare(*arguments)
         return GateSums(within, starts), first_key
-    return gate_sums(log_fgate), first_visible_key(log_fgate, key_start, num_queries)
+    return gate_sums(log_fgate), first_visible_key(*arguments)
 
 
-def gate_gradient(column_sum: torch.Tensor, log_fgate: torch.Tensor) -> torch.Tensor:
+def gate_gradient(
+    column_sum: torch.Tensor, log_fgate: torch.Tensor, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
     """Gradient of the gates `(B, H, S)` float32, from the sums of dS over queries, `(B, H, S)` float32.
 
     A gate at t is part of the running sum from t on: `dgate_t = sum_{s >= t} dlam_s` with `dlam = -column_sum`, as the
     sums of dS over keys are 0. Summed in float64: total minus prefix would cancel at great length. A closed gate is no
-    number and has no gradient.
+    number and has no gradient. Of packed sequences each is summed by itself: what rounding leaves of the zeros stays
+    where it came from.
     """
     if column_sum.device.type == "cuda" and triton_gates is not None:
-        return triton_gates.gate_gradient(column_sum, log_fgate)
-    dgate = -column_sum.double().flip(-1).cumsum(-1).flip(-1).float()
+        return triton_gates.gate_gradient(column_sum, log_fgate, cu_seqlens)
+    inner = [] if cu_seqlens is None else cu_seqlens.tolist()
+    dgate = torch.empty_like(column_sum)
+    for start, end in itertools.pairwise([0, *inner, column_sum.shape[-1]]):
+        dgate[..., start:end] = -column_sum[..., start:end].double().flip(-1).cumsum(-1).flip(-1)
     return dgate.masked_fill_(split_resets(log_fgate)[1], 0.0)

@@ -13,6 +13,7 @@ def forgetting_attention_reference(
     *,
     scale: float | None = None,
     key_start: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention whose scores decay by a forget gate, written out as a dense matrix.
 
@@ -29,6 +30,7 @@ def forgetting_attention_reference(
             position is visible from it or after it.
         scale: Factor on `q . k`. Default: `D ** -0.5`.
         key_start: `(B,)` integers; the keys before it are padding.
+        window: A query sees at most so many keys, its own included. Default: None, all before it.
 
     Returns:
         `(B, H, T, D)`, dtype of `q`. Rows without a visible key are 0.
@@ -47,6 +49,8 @@ def forgetting_attention_reference(
     key = torch.arange(num_keys, device=q.device)
     query = torch.arange(num_keys - num_queries, num_keys, device=q.device)
     visible = (key >= first[..., None]) & (key <= query[:, None])
+    if window is not None:
+        visible &= key > query[:, None] - window
 
     accumulate = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale + decay.to(accumulate)

@@ -103,10 +103,11 @@ def _blocks_dropped(starts_ptr, starts_low, at_query, limit, num_blocks, is_head
 @triton.jit(do_not_specialize=["num_keys"])
 def plan_kernel(
     first_key_ptr, key_start_ptr, bound_ptr, within_ptr, starts_ptr, length_ptr, first_ptr, lowest_ptr,
-    budget, num_keys, T, H_kv, bound_stride_b, bound_stride_h, within_stride_b, within_stride_h, within_low,
+    budget, num_keys, window, T, H_kv, bound_stride_b, bound_stride_h, within_stride_b, within_stride_h, within_low,
     starts_stride_b, starts_stride_h, starts_low,
-    HAS_FIRST_KEY: tl.constexpr, HAS_KEY_START: tl.constexpr, PRUNED: tl.constexpr, ON_DEVICE: tl.constexpr,
-    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, LEVELS: tl.constexpr, PROBES: tl.constexpr,
+    HAS_FIRST_KEY: tl.constexpr, HAS_KEY_START: tl.constexpr, HAS_WINDOW: tl.constexpr, PRUNED: tl.constexpr,
+    ON_DEVICE: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, LEVELS: tl.constexpr,
+    PROBES: tl.constexpr,
 ):  # fmt: skip
     """First key of each row of one key head, and the smallest of them."""
     program = tl.program_id(0).to(tl.int64)
@@ -142,6 +143,8 @@ def plan_kernel(
     first = tl.zeros([BLOCK_G, BLOCK_T], tl.int32) + kept[:, None]
     if HAS_FIRST_KEY:
         first = tl.maximum(first, tl.load(first_key_ptr + at, mask=is_row, other=0).to(tl.int32))
+    if HAS_WINDOW:
+        first = tl.maximum(first, (num_keys - T - (window - 1)) + t[None, :])
     tl.store(first_ptr + at, first, mask=is_row)
     # Every head keeps a tile, even if all of it is padding: the slots of the partial results rely on it.
     lowest = tl.min(tl.min(tl.where(is_row, first, num_keys), axis=1), axis=0)
@@ -397,6 +400,7 @@ def plan(
     key_start: torch.Tensor | None,
     logit_bound: torch.Tensor | None,
     budget: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First key of every row, `(B, H, T)`, and the smallest of each key head, `(B, H_kv)`; int32.
 
@@ -414,11 +418,11 @@ def plan(
     plan_kernel[(batch * num_kv_heads,)](
         unused if first_key is None else first_key, unused if key_start is None else key_start,
         unused if logit_bound is None else logit_bound, sums.within, sums.starts, unused if length is None else length,
-        first, lowest, budget, num_keys, num_queries, num_kv_heads,
+        first, lowest, budget, num_keys, 0 if window is None else window, num_queries, num_kv_heads,
         *((0, 0) if logit_bound is None else logit_bound.stride()), *sums.within.stride()[1:3],
         sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0),
-        HAS_FIRST_KEY=first_key is not None, HAS_KEY_START=key_start is not None, PRUNED=logit_bound is not None,
-        ON_DEVICE=length is not None, G=groups, BLOCK_G=triton.next_power_of_2(groups),
+        HAS_FIRST_KEY=first_key is not None, HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None,
+        PRUNED=logit_bound is not None, ON_DEVICE=length is not None, G=groups, BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_T=triton.next_power_of_2(num_queries),
         LEVELS=search_levels(sums.starts.shape[-1]) if logit_bound is not None else 0, PROBES=PROBES,
     )  # fmt: skip
@@ -437,6 +441,7 @@ def forward(
     key_start: torch.Tensor | None = None,
     logit_bound: torch.Tensor | None = None,
     budget: float = 0.0,
+    window: int | None = None,
     tiles: DecodeTiles | None = None,
 ) -> torch.Tensor:
     """Launch the kernels. Returns `o (B, H, T, D)` strided as `q`.
@@ -447,6 +452,7 @@ def forward(
         first_key: `(B, H, T)` int32, contiguous, or None; key_start: `(B,)` integers or None.
         logit_bound: `(B, H)` float32, strides may be 0; None prunes nothing.
         budget: `pruning.paper_budget`, nats.
+        window: Keys that a query sees at most, or None.
     """
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads = k.shape[1]
@@ -463,12 +469,12 @@ def forward(
     num_slots = num_programs + num_units
     partial = torch.empty(num_slots, num_rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(2, num_slots, num_rows, dtype=torch.float32, device=q.device)
-    has_first = first_key is not None or key_start is not None or logit_bound is not None
+    has_first = any(x is not None for x in (first_key, key_start, logit_bound, window))
     first = lowest = stats  # never read
     if has_first:
         first, lowest = plan(
             (batch, num_heads, num_kv_heads, num_queries), sums, num_keys, length, first_key, key_start, logit_bound,
-            budget,
+            budget, window,
         )  # fmt: skip
     common = dict(
         HAS_FIRST=has_first, ON_DEVICE=length is not None, G=groups, UNITS_PER_HEAD=units_per_head, D=dim,
