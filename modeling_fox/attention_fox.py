@@ -34,7 +34,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
 try:
     from fox_kernels import forgetting_attention
@@ -296,9 +296,29 @@ def flex_attention_forward(
 
 def decodes_from_sums(query, document_starts, cache_layer) -> bool:
     """Whether the running sums in the cache stand for the gates: a few tokens of one document, without gradients."""
-    if not hasattr(cache_layer, "gate_sums") or document_starts is not None or is_tracing(query):
+    if not hasattr(cache_layer, "gate_sums") or document_starts is not None:
+        return False
+    # The sums of a cache that grows are kept up by Python, those of a static one by the graph itself.
+    is_static = keys_in_use(cache_layer) is not None
+    if is_tracing(query) and (not is_static or is_torchdynamo_exporting()):
         return False
     return query.shape[2] <= MAX_DECODE_QUERIES and not (torch.is_grad_enabled() and query.requires_grad)
+
+
+def keys_in_use(cache_layer) -> torch.Tensor | None:
+    """How many places of a static cache are filled, one integer on the device; `None` for any other cache."""
+    return cache_layer.cumulative_length if getattr(cache_layer, "is_compileable", False) else None
+
+
+def mask_of_static_cache(query, num_places: int, num_keys: torch.Tensor, key_start: torch.Tensor | None):
+    """What T queries, the last of `num_keys` keys in `num_places`, may see: bool `(B or 1, 1, T, num_places)`.
+
+    Nothing of it needs to be known while compiling.
+    """
+    place = torch.arange(num_places, device=query.device)
+    position = torch.arange(query.shape[2], device=query.device) + (num_keys - query.shape[2])
+    visible = (place <= position[:, None])[None, None]
+    return visible if key_start is None else visible & (place >= key_start[:, None, None, None])
 
 
 def fox_acp_attention_forward(
@@ -319,21 +339,27 @@ def fox_acp_attention_forward(
     Args:
         attention_mask: What `fox_acp_mask` returned: `None`, `(B,)` the first real token of each sequence, or a 4D
             mask. The operator takes no 4D mask; `sdpa` then computes the same without pruning.
-        num_keys: Keys in use in a static cache, 0 if that is unknown while compiling; `None` means all.
+        num_keys: Keys in use in a static cache, where Python knows it; `None` means all or what the cache says.
         cache_layer: Where the keys are from; one that has `gate_sums` lets a few tokens decode without a look at all
             of the past.
     """
     sink = getattr(module, "pruning_sink", None)
-    if attention_mask is not None and attention_mask.dim() == 4:
+    context = (module, query, key, value)
+    used = keys_in_use(cache_layer)
+    from_sums = sink is None and decodes_from_sums(query, document_starts, cache_layer)
+    if used is not None:
+        # Made with the prompt, which `generate` leaves uncompiled, for the steps after it.
+        cache_layer.gate_sums()
+    is_dense = attention_mask is not None and attention_mask.dim() == 4
+    if used is not None and not is_dense and not from_sums and num_keys is None:
+        attention_mask, is_dense = mask_of_static_cache(query, key.shape[2], used, attention_mask), True
+    if is_dense:
         if sink is not None:
             nothing = log_fgate.new_zeros(query.shape[1])
             sink(nothing, nothing)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling, log_fgate, document_starts)
-    if num_keys == 0:
-        raise ValueError(
-            f"`attn_implementation='fox_acp'` cannot compile a call with {query.shape[2]} tokens on a static cache. "
-            "Leave the prompt uncompiled, as `generate` does, or use 'sdpa'."
-        )
+        return sdpa_attention_forward(*context, attention_mask, scaling, log_fgate, document_starts)
+    if from_sums and (used is not None or query.shape[2] > 1 or key.shape[2] > ONE_QUERY_KEYS):
+        return decode_from_sums(*context, attention_mask, scaling, cache_layer, used), None
     if num_keys is not None:
         key, value, log_fgate = key[:, :, :num_keys], value[:, :, :num_keys], log_fgate[..., :num_keys]
     if document_starts is not None:
@@ -346,21 +372,6 @@ def fox_acp_attention_forward(
             visible = visible.to(query.dtype)[:, None, None]
         return attend_one_query(query, key, value, visible, scaling, log_fgate), None
     tolerance = module.config.log_pruning_tolerance
-    bound = None if tolerance is None else module.logit_bound(query.shape[1], query.dtype)
-    if sink is None and decodes_from_sums(query, document_starts, cache_layer):
-        # By the paper's rule, whatever the config says: it alone needs no look at the keys. Nor can a bound be
-        # measured on them, so that without QK-norm nothing is pruned.
-        out = forgetting_attention_decode(
-            query,
-            key,
-            value,
-            cache_layer.gate_sums(),
-            scale=scaling,
-            log_pruning_tolerance=None if bound is None else tolerance,
-            logit_bound=bound,
-            key_start=attention_mask,
-        )
-        return out.transpose(1, 2), None
     out = forgetting_attention(
         query,
         key,
@@ -369,7 +380,7 @@ def fox_acp_attention_forward(
         scale=scaling,
         log_pruning_tolerance=tolerance,
         pruning_rule=module.config.pruning_rule,
-        logit_bound=bound,
+        logit_bound=None if tolerance is None else module.logit_bound(query.shape[1], query.dtype),
         key_start=attention_mask,
         return_stats=sink is not None,
     )
@@ -377,6 +388,28 @@ def fox_acp_attention_forward(
         out, stats = out
         sink(stats.pruned_fraction, stats.lost_mass_bound)
     return out.transpose(1, 2), None
+
+
+def decode_from_sums(module, query, key, value, key_start, scaling, cache_layer, num_keys) -> torch.Tensor:
+    """`(B, T, H, D)` of a few queries, from the running sums in the cache.
+
+    By the paper's rule, whatever the config says: it alone needs no look at the keys. Nor can a bound be measured on
+    them, so that without QK-norm nothing is pruned.
+    """
+    tolerance = module.config.log_pruning_tolerance
+    bound = None if tolerance is None else module.logit_bound(query.shape[1], query.dtype)
+    out = forgetting_attention_decode(
+        query,
+        key,
+        value,
+        cache_layer.gate_sums(),
+        num_keys=num_keys,
+        scale=scaling,
+        log_pruning_tolerance=None if bound is None else tolerance,
+        logit_bound=bound,
+        key_start=key_start,
+    )
+    return out.transpose(1, 2)
 
 
 def fox_acp_mask(
@@ -396,39 +429,33 @@ def fox_acp_mask(
 
     Returns:
         `None` if nothing is padded; `(B,)` int32, the first real token of each sequence; or a bool `(B, 1, T, S)`
-        where that is not enough: padding between real tokens, one token in a static cache, and while tracing, when
-        the values of a mask cannot be looked at.
+        where that is not enough: padding between real tokens, and while tracing, when the values of a mask cannot be
+        looked at.
     """
-
-    def dense():
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            **kwargs,
-        )
-
-    tracing = is_tracing(attention_mask)
-    is_static = isinstance(q_offset, torch.Tensor) or kv_length != q_offset + q_length
-    if is_static and (q_length == 1 or tracing):
-        return dense()
     if attention_mask is None:
         return None
-    if tracing:
-        return dense()
     real = attention_mask[:, :kv_length]
-    if real.all():
-        return None
-    rises = (real[:, 1:] & ~real[:, :-1]).sum(dim=-1) + real[:, 0]
-    # More than one run of real tokens: padding in between, as after a padded turn of a chat. A mask that ends in
-    # padding is cut short too, unless the whole of it belongs to this call, when only padding follows.
-    if (rises > 1).any():
-        return dense()
-    return real.int().argmax(dim=-1).to(torch.int32)
+    is_static = isinstance(q_offset, torch.Tensor)
+    if not is_tracing(attention_mask):
+        if not is_static and real.all():
+            return None
+        first = real.int().argmax(dim=-1).to(torch.int32)
+        # More than one run of real tokens: padding in between, as after a padded turn of a chat. A mask that ends in
+        # padding is cut short too, unless the whole of it belongs to this call, when only padding follows.
+        runs = (real[:, 1:] & ~real[:, :-1]).sum(dim=-1) + real[:, 0]
+        last_first, most_runs = torch.stack((first.max(), runs.max())).tolist()
+        if most_runs <= 1:
+            return first if last_first else None
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
 
 
 def find_document_starts(

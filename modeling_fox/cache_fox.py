@@ -15,13 +15,30 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import is_torchdynamo_compiling
 
 try:
-    from fox_kernels.decode import append_gates, empty_sums
+    from fox_kernels.decode import GrowingSums, append_gates, empty_sums
+    from fox_kernels.gates import GateSums
 except ImportError:
     append_gates = None
 
 # Gates below this many nats are stored in the sums as this: exp(-9000) is 0 in every format, and the sums would take
 # -1e4 for the mark of a closed gate.
 LOWEST_GATE = -9000.0
+
+
+def append_to_sums(
+    within: torch.Tensor,
+    starts: torch.Tensor,
+    totals: torch.Tensor,
+    log_fgate: torch.Tensor,
+    num_keys: torch.Tensor,
+) -> None:
+    """`fox_kernels.decode.append_gates`, with tensors only."""
+    append_gates(GrowingSums(GateSums(within, starts), totals), log_fgate, num_keys)
+
+
+append_to_sums_op = torch.library.custom_op(
+    "modeling_fox::append_to_sums", append_to_sums, mutates_args=("within", "starts", "totals")
+)
 
 
 def spare_length(length: int) -> int:
@@ -254,6 +271,7 @@ class FoxStaticLayer(StaticLayer):
         self.log_fgate: torch.Tensor | None = None
         self.shift_keys: torch.Tensor | None = None
         self.shift_values: torch.Tensor | None = None
+        self._sums = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate everything from the shapes and dtypes of the first keys and values, `(B, H_kv, T, D)`."""
@@ -269,6 +287,7 @@ class FoxStaticLayer(StaticLayer):
         self.log_fgate = torch.zeros(
             (self.batch_size, num_heads, self.max_cache_len), dtype=torch.float32, device=self.device
         )
+        self._sums = None
         if not is_torchdynamo_compiling():
             torch._dynamo.mark_static_address(self.log_fgate)
 
@@ -283,7 +302,33 @@ class FoxStaticLayer(StaticLayer):
         num_new = log_fgate.shape[-1]
         position = torch.arange(num_new, device=self.device) + (self.cumulative_length - num_new)
         self.log_fgate.index_copy_(2, position, log_fgate)
+        if self._sums is not None:
+            self._append_to_sums(log_fgate, self.cumulative_length - num_new)
         return self.log_fgate
+
+    def _append_to_sums(self, log_fgate: torch.Tensor, num_keys: torch.Tensor) -> None:
+        # The op only where a compiler needs it: a look at the tensor would break its graph.
+        append = append_to_sums_op if is_torchdynamo_compiling() else append_to_sums
+        (within, starts), totals = self._sums
+        append(within, starts, totals, log_fgate.detach().clamp(min=LOWEST_GATE), num_keys)
+
+    def gate_sums(self):
+        """As in `FoxDynamicLayer`, for all `max_cache_len` places; `cumulative_length` says how many are in use.
+
+        Made at the first call, which must not be in compiled code, and from then on kept up by `update_gate`.
+        """
+        if self._sums is None:
+            batch, num_heads, num_keys = self.log_fgate.shape
+            self._sums = empty_sums(batch, num_heads, -(-num_keys // 128) * 128, self.device)
+            # All places: those not filled hold zeros and add nothing.
+            self._append_to_sums(self.log_fgate, torch.zeros_like(self.cumulative_length))
+            if not is_torchdynamo_compiling():
+                for state in self._sum_states():
+                    torch._dynamo.mark_static_address(state)
+        return self._sums.sums
+
+    def _sum_states(self) -> tuple[torch.Tensor, ...]:
+        return () if self._sums is None else (*self._sums.sums, self._sums.totals)
 
     def past_shift(self, name: str) -> torch.Tensor | None:
         """As in `FoxDynamicLayer`; zeros at the start of a sequence once the memory is there."""
@@ -301,7 +346,7 @@ class FoxStaticLayer(StaticLayer):
         """Forget every token, keep the memory."""
         super().reset()
         if self.is_initialized:
-            for state in (self.log_fgate, self.shift_keys, self.shift_values):
+            for state in (self.log_fgate, self.shift_keys, self.shift_values, *self._sum_states()):
                 state.zero_()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -309,6 +354,9 @@ class FoxStaticLayer(StaticLayer):
         if self.is_initialized:
             for state in (self.keys, self.values, self.log_fgate, self.shift_keys, self.shift_values):
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
+            for state in self._sum_states():
+                batch_dim = state.dim() - 3
+                state.copy_(state.index_select(batch_dim, beam_idx.to(state.device)))
 
 
 def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:

@@ -30,8 +30,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_fox import (
@@ -436,8 +437,9 @@ class FoxModel(FoxPreTrainedModel):
         # In a static cache this is a tensor that the layers below count up.
         num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         num_keys = None
-        if past_key_values is not None and past_key_values.is_compileable and num_tokens > 1:
-            num_keys = 0 if is_torchdynamo_compiling() else int(num_seen) + num_tokens
+        if isinstance(num_seen, torch.Tensor) and num_tokens > 1 and not is_tracing(inputs_embeds):
+            # One look at the device for all layers; a step of one token needs none.
+            num_keys = int(num_seen) + num_tokens
         position_embeddings = None
         if self.rotary_emb is not None:
             if position_ids is None:

@@ -311,9 +311,42 @@ def test_sums_beside_the_gates_have_the_bits_of_all_gates_summed_at_once():
     assert layer.gate_sums().running()[0, 0, 5] < -9000.0
 
 
+@torch.no_grad()
+def test_sums_of_a_static_cache_follow_its_gates():
+    layer = FoxStaticLayer(max_cache_len=300)
+    gates = torch.nn.functional.logsigmoid(5 * torch.randn(3, 2, 300))
+
+    def feed(start, length):
+        layer.update(*torch.zeros(2, 3, 1, length, 4))
+        layer.update_gate(gates[..., start : start + length])
+
+    def check(length):
+        # Unfilled places hold no gates yet: only the sums of those in use say anything.
+        sums, whole = layer.gate_sums(), gate_sums(layer.log_fgate[..., :length])
+        assert torch.equal(sums.within[..., :length], whole.within)
+        num_blocks = -(-length // 128)
+        assert torch.equal(sums.starts[..., :num_blocks], whole.starts[..., :num_blocks])
+
+    feed(0, 200)  # made in the middle
+    check(200)
+    places = [state.data_ptr() for state in layer._sum_states()]
+    for start, length in ((200, 1), (201, 60), (261, 1)):
+        feed(start, length)
+        check(start + length)
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    gates = gates[[2, 0, 0]]
+    feed(262, 1)
+    check(263)
+    layer.reset()
+    feed(0, 130)
+    check(130)
+    assert places == [state.data_ptr() for state in layer._sum_states()]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("chunks", [[60] + [1] * 20, [60, 4, 1, 15], [50, 16, 14]], ids=str)
 @pytest.mark.parametrize("tolerance", [None, -12.0])
-def test_fox_acp_decodes_from_sums(tolerance, chunks, monkeypatch):
+def test_fox_acp_decodes_from_sums(tolerance, chunks, kind, monkeypatch):
     monkeypatch.setattr(attention_fox, "ONE_QUERY_KEYS", 0)
     calls = []
 
@@ -324,7 +357,7 @@ def test_fox_acp_decodes_from_sums(tolerance, chunks, monkeypatch):
     monkeypatch.setattr(attention_fox, "forgetting_attention_decode", decode_and_count)
     model = tiny_fox(attn_implementation="fox_acp", log_pruning_tolerance=tolerance)
     tokens, mask = left_padded(length=80)
-    got = decode(model, tokens, mask, chunks, new_cache("dynamic", model))
+    got = decode(model, tokens, mask, chunks, new_cache(kind, model, max_cache_len=100))
     assert len(calls) == 2 * sum(length <= 16 for length in chunks)
     assert all((call["logit_bound"] is None) == (tolerance is None) for call in calls)
     difference = got - parallel(model, tokens, mask)

@@ -105,27 +105,58 @@ def test_a_static_cache_of_the_user_is_used_twice():
         cache.reset()
 
 
-def test_decoding_with_a_static_cache_compiles_to_one_graph():
-    model, inputs = model_of("fox_acp"), padded_batch()
-    expected = generate(model, inputs)
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    # The prompt by plain code, as `generate` does on a GPU; then steps by the compiled one.
-    uncompiled = model_of("fox_acp")
-    with torch.no_grad():
-        masks = [torch.cat([inputs["attention_mask"], torch.ones(2, n, dtype=torch.int64)], 1) for n in range(NUM_NEW)]
-        out = uncompiled(inputs["input_ids"], attention_mask=masks[0], past_key_values=cache, use_cache=True)
-        tokens = [out.logits[:, -1:].argmax(-1)]
-        for step in range(1, NUM_NEW):
-            prepared = model.prepare_inputs_for_generation(
-                torch.cat([inputs["input_ids"], *tokens], 1),
-                attention_mask=masks[step],
-                past_key_values=cache,
-                next_sequence_length=1,
-            )
-            out = model(**prepared, return_dict=True)
-            tokens.append(out.logits[:, -1:].argmax(-1))
-    assert torch.equal(torch.cat(tokens, 1), expected[:, 20:])
+@torch.no_grad()
+def decode_compiled(model, inputs, cache, num_steps, backend):
+    """Greedy tokens `(B, num_steps)`: the prompt by plain code, as `generate` does on a GPU, then compiled steps."""
+    compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
+    sequence, mask = inputs["input_ids"], inputs["attention_mask"]
+    for step in range(num_steps):
+        options = {"attention_mask": mask, "past_key_values": cache, "is_first_iteration": step == 0}
+        if step:
+            options["next_sequence_length"] = 1
+        prepared = model.prepare_inputs_for_generation(sequence, **options)
+        out = (compiled if step else model)(**prepared, return_dict=True)
+        sequence = torch.cat([sequence, out.logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+    return sequence[:, -num_steps:]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "fox_acp"])
+def test_sixty_four_compiled_steps_on_a_static_cache_are_one_graph(backend):
+    model, inputs, graphs = model_of(backend), padded_batch(), []
+    expected = generate(model, inputs, max_new_tokens=65)[:, 20:]
+    torch._dynamo.reset()
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return aot_eager(graph, example_inputs)
+
+    cache = StaticCache(config=model.config, max_cache_len=90)
+    got = decode_compiled(model, inputs, cache, 65, count)
+    assert torch.equal(got, expected)
+    assert len(graphs) == 1
+    operator = "forgetting_attention_decode" in graphs[0].print_readable(print_output=False)
+    assert operator == (backend == "fox_acp")
+    # From the start again it needs no other graph.
+    cache.reset()
+    assert torch.equal(decode_compiled(model, inputs, cache, 5, count), expected[:, :5])
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_prompt_may_be_compiled_too():
+    # `generate` does so with `prefill_chunk_size` on a GPU. 20 tokens take the dense mask, 4 the decode operator.
+    model, tokens = model_of("fox_acp"), random_tokens(2, 45)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    pieces = [
+        compiled(piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([20, 20, 4, 1], 1)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens, use_cache=False).logits, rtol=0, atol=1e-4)
+    torch._dynamo.reset()
 
 
 def test_quantized_cache_is_refused():
