@@ -1,6 +1,7 @@
 # make demo    a small FoX (Pro) learns real text on a CPU, is saved, reloaded and generates: about 8 minutes with installation
 # make test    the test suite on a CPU
 # make check   what CI runs: style, structure, tests, Triton kernels interpreted and compiled ahead
+# make test-tasks    TRL, lm-eval and torchao on FoX, which it installs: about 2 minutes and 400 MB
 # make test-gpu, make bench    on a machine with a CUDA device, in the current environment
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test check style test-triton compile-ahead test-gpu bench format clean
+.PHONY: demo test test-tasks check style test-triton compile-ahead test-gpu bench format clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +25,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q
+
+$(VENV)/tasks-installed: $(VENV)/installed
+	$(RUN) pip install --quiet --disable-pip-version-check -e ".[dev,tasks]"
+	touch $@
+
+test-tasks: $(VENV)/tasks-installed
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -m tasks tests/test_tasks_*.py
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

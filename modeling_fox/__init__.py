@@ -12,6 +12,8 @@ Importing this package is what makes Transformers know `model_type: "fox"`:
 ```
 """
 
+import sys
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,6 +46,17 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["fox"] = "FoxForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForSequenceClassification"
 modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["fox"] = "FoxForTokenClassification"
 modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["fox"] = "FoxForQuestionAnswering"
+
+# TRL (1.16) looks the class that config.json names up in the module itself, before it asks the Auto classes. Not as
+# `import transformers` binds it: Transformers runs its `__init__` twice, the second time when models are imported.
+for model_class in (
+    FoxModel,
+    FoxForCausalLM,
+    FoxForSequenceClassification,
+    FoxForTokenClassification,
+    FoxForQuestionAnswering,
+):
+    setattr(sys.modules["transformers"], model_class.__name__, model_class)
 
 # By its name only: FoX has no tokenizer of its own, so `AutoTokenizer.register(FoxConfig, ...)` would say too much.
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["JSONGPT2Tokenizer"] = JSONGPT2Tokenizer
