@@ -3,6 +3,7 @@
     OUT/checkpoints/step_00000100/
         model.safetensors            weights
         average.safetensors          running mean of the weights, if there is one
+        sparsity.safetensors         masks of the weights, if there are any
         optimizer_0.safetensors      state of each optimizer
         rng_00000.safetensors        random state of each process
         state.json                   step, data position, recipe, best validation loss

@@ -157,6 +157,31 @@ class OptimizerRecipe:
 
 
 @dataclass
+class SparsityRecipe:
+    """sparsity: which weights are zero, see fox_training.sparsity."""
+
+    method: Literal["none", "magnitude", "saliency", "random", "static_random", "rigl"] = "none"
+    """none = dense. magnitude, saliency, random: prune gradually by |w|, |w dL/dw| or chance; static_random: a random
+    mask from the start; rigl: constant sparsity with exchange."""
+    final_sparsity: float = 0.9
+    """Share of the prunable weights that is zero at the end, in [0, 1)."""
+    start_fraction: float = 0.2
+    """Gradual methods: share of the steps before the first weight is pruned."""
+    end_fraction: float = 0.8
+    """Share of the steps after which the masks are final."""
+    every_steps: int | None = None
+    """Optimizer steps between refreshes of the masks; null = a hundredth of the steps in between, at most 1000."""
+    allocation: Literal["erk", "uniform", "global"] = "erk"
+    """How sparsity is shared out over the layers; global = one threshold, gradual methods only."""
+    include: list[str] = field(default_factory=list)
+    """Regular expressions; if there are any, only parameters whose name matches one are pruned."""
+    exclude: list[str] | None = None
+    """Regular expressions of parameters that stay dense; null = embedding, norms, forget gates, shifts and heads."""
+    rigl_drop_fraction: float = 0.3
+    """rigl: share of the weights exchanged at the first refresh."""
+
+
+@dataclass
 class ScheduleRecipe:
     """schedule: how long, and how the learning rate moves."""
 
@@ -228,6 +253,8 @@ class Recipe:
     """data.*"""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     """optimizer.*"""
+    sparsity: SparsityRecipe = field(default_factory=SparsityRecipe)
+    """sparsity.*"""
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     """schedule.*"""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
@@ -258,6 +285,11 @@ _RANGES = (
     ("optimizer.weight_decay", 0, None, True),
     ("optimizer.max_grad_norm", 0, None, True),
     ("optimizer.ema_decay", 0, 1, True),
+    ("sparsity.final_sparsity", 0, 1, True),
+    ("sparsity.start_fraction", 0, 1.0000001, True),
+    ("sparsity.end_fraction", 0, 1.0000001, True),
+    ("sparsity.every_steps", 1, None, True),
+    ("sparsity.rigl_drop_fraction", 0, 1.0000001, False),
     ("schedule.steps", 1, None, True),
     ("schedule.warmup_steps", 0, None, True),
     ("schedule.final_fraction", 0, 1.0000001, True),
@@ -274,7 +306,7 @@ _RANGES = (
 
 # Fields that a resumed run may change freely: they move the work to another place, not to another result.
 _FREE_ON_RESUME = {"data.cache_dir", "data.micro_batch_size", "model.attn_implementation"}
-_CHECKED_ON_RESUME = ("model", "data", "optimizer")
+_CHECKED_ON_RESUME = ("model", "data", "optimizer", "sparsity")
 
 
 def load_recipe(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -342,7 +374,8 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> list[tuple[str, s
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for each setting of model, data and optimizer that changes what a resumed run computes."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    # A section that is younger than the checkpoint had its defaults then.
+    flat_old, flat_new = _flatten(recipe_to_dict(Recipe()) | old), _flatten(new)
     lines = []
     for key in sorted(set(flat_old) | set(flat_new)):
         if key.partition(".")[0] not in _CHECKED_ON_RESUME or key in _FREE_ON_RESUME:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from .batches import PackedRows, Plan, StreamedRows, plan_batches
 from .data import TokenStream, build_tokenizer, cache_folder, load_documents, tokenise
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
-from .recipe import Recipe, RecipeError, save_recipe, summary
+from .recipe import Recipe, RecipeError, SparsityRecipe, save_recipe, summary
+from .sparsity import DEFAULT_EXCLUDE, MaskedPruner, SparsityConfig
 from .tracking import MetricsLog, Progress, Stopwatch
 
 try:
@@ -40,6 +41,7 @@ class Run:
     forward: Any  # the same, wrapped for DDP and compiled: what is trained
     optimizers: list[torch.optim.Optimizer]
     average: WeightAverage | None
+    pruner: MaskedPruner | None
     plan: Plan
     validation: TokenStream | None
     fingerprint: str
@@ -189,6 +191,7 @@ def set_up(
         forward=forward,
         optimizers=optimizers,
         average=WeightAverage(model, decay) if decay > 0 else None,
+        pruner=build_pruner(model, recipe.sparsity, recipe.schedule.steps),
         plan=plan,
         validation=validation,
         fingerprint=description["fingerprint"],
@@ -201,6 +204,22 @@ def set_up(
     torch.manual_seed(recipe.run.seed + 1 + plan.rank)
     accelerator.print(describe_run(run, description))
     return run, rows
+
+
+def build_pruner(model: Any, recipe: SparsityRecipe, steps: int) -> MaskedPruner | None:
+    """The pruner of the recipe, not yet attached; None for a dense training.
+
+    Raises:
+        RecipeError: If the settings do not go together, or leave nothing to prune.
+    """
+    if recipe.method == "none":
+        return None
+    settings = asdict(recipe)
+    settings["exclude"] = DEFAULT_EXCLUDE if recipe.exclude is None else recipe.exclude
+    try:
+        return MaskedPruner(model, SparsityConfig(**settings), steps)
+    except ValueError as error:
+        raise RecipeError(f"sparsity: {error}") from error
 
 
 def write_descriptions(run: Run) -> None:

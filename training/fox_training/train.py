@@ -32,6 +32,7 @@ from .optimizers import set_learning_rate
 from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict
 from .recipe_help import describe_fields
 from .run import Run, lock_output, open_output, set_up, start_accelerator, write_descriptions
+from .sparsity import MaskedPruner
 from .tracking import MetricsLog, Progress, check_trackers, start_trackers
 
 
@@ -94,6 +95,8 @@ def train(
     with lock_output(out, accelerator.is_main_process):
         run, rows = set_up(recipe, accelerator, out, list(arguments))
         first, data_state = resume(run, allow_recipe_change)
+        if run.pruner is not None:
+            run.pruner.attach(*run.optimizers)
         if first >= recipe.schedule.steps and (out / "model" / "config.json").is_file():
             accelerator.print(f"{out} is complete at step {first}. Raise schedule.steps to go on.")
             return {"step": first}
@@ -182,9 +185,12 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm or math.inf)
     for optimizer in run.optimizers:
         optimizer.step()
+    for optimizer in run.optimizers:  # after all steps: rigl and saliency look at the gradients of the last one
         optimizer.zero_grad(set_to_none=True)
     if run.average is not None:
         run.average.update(step - 1)
+        if run.pruner is not None:
+            run.pruner.apply_to(run.average.state_dict())
     run.loss_sum += loss_sum
     run.loss_steps += 1
     return grad_norm
@@ -206,6 +212,8 @@ def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batc
         "tokens_per_second": run.loss_steps * run.tokens_per_step / seconds if seconds > 0 else 0.0,
         "train_seconds": run.watch.seconds,
     }
+    if run.pruner is not None:
+        values["sparsity"] = run.pruner.sparsity()
     if run.recipe.tracking.pruning and prunes(run.model):
         with run.precision():
             values["pruned_fraction"] = pruned_share(run.model, batch)
@@ -274,7 +282,9 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         values = validation_loss(run)
         if not math.isfinite(values["eval_loss"]):
             raise diverged(run, step, values["eval_loss"], math.nan)
-        is_best = run.best is None or values["eval_loss"] < run.best["loss"]
+        # Until the last weight is pruned, the best weights are not those that were asked for.
+        is_final = run.pruner is None or run.pruner.is_final
+        is_best = is_final and (run.best is None or values["eval_loss"] < run.best["loss"])
         if is_best:
             run.best = {"step": step, "loss": values["eval_loss"]}
             if run.recipe.checkpoint.export == "best" and run.is_main:
@@ -315,6 +325,8 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
         ckpt.save_weights(run.model, folder / "model.safetensors")
         if run.average is not None:
             ckpt.save_tensors(run.average.state_dict(), folder / "average.safetensors")
+        if run.pruner is not None:
+            ckpt.save_tensors(run.pruner.state_dict(), folder / "sparsity.safetensors")
         for number, optimizer in enumerate(run.optimizers):
             ckpt.save_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
         ckpt.save_state(state, folder)
@@ -348,6 +360,8 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
     ckpt.load_weights(run.model, folder / "model.safetensors")
     if run.average is not None:
         run.average.load_state_dict(ckpt.load_tensors(folder / "average.safetensors"))
+    if run.pruner is not None:
+        load_masks(run.pruner, folder)
     for number, optimizer in enumerate(run.optimizers):
         ckpt.load_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
     if not ckpt.load_random_state(folder, run.plan.rank, run.device):
@@ -357,6 +371,18 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
     run.watch.seconds = state["train_seconds"]
     run.accelerator.print(f"resumed from {folder.name}, written by {state['processes']} process(es)")
     return state["step"], state["data"] or load_stream_position(run, folder, state)
+
+
+def load_masks(pruner: MaskedPruner, folder: Path) -> None:
+    """Masks of a checkpoint; one of a dense training, taken with --allow-recipe-change, has none to load."""
+    path = folder / "sparsity.safetensors"
+    if not path.is_file():
+        pruner.step_count = ckpt.load_state(folder)["step"]
+        return
+    try:
+        pruner.load_state_dict(ckpt.load_tensors(path))
+    except ValueError as error:
+        raise RecipeError(f"sparsity: the masks of {path} are of other weights: {error}") from error
 
 
 def check_same_run(run: Run, state: dict[str, Any], allow_recipe_change: bool) -> None:

@@ -77,7 +77,8 @@ class MaskedPruner:
     def attach(self, *optimizers: torch.optim.Optimizer) -> MaskedPruner:
         """Hold the masks after each step of these optimizers; a step of the last one counts as a training step.
 
-        Takes any `torch.optim.Optimizer`, also one prepared by Accelerate. Without the hook, call `step`.
+        Takes any `torch.optim.Optimizer`, also one prepared by Accelerate. saliency and rigl read gradients when the
+        last one steps: call `zero_grad` after that. Without the hook, call `step`.
 
         Returns:
             The pruner itself.
