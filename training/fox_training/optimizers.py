@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,3 +151,96 @@ class WeightAverage:
         """Restore what `state_dict` returned."""
         for name, mean in zip(self._names, self._means, strict=True):
             mean.copy_(state[name])
+
+
+OPTIMIZERS = ("adamw", "radam", "muon", "kron")
+
+
+def optimizer_spec(
+    name: str,
+    learning_rate: float,
+    *,
+    weight_decay: float = 0.0,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and keyword arguments of an optimizer by name, as `Trainer(optimizer_cls_and_kwargs=...)` takes them.
+
+    One learning rate for all of them, that of AdamW: Muon's steps are scaled to the size of AdamW's
+    (`match_rms_adamw`, arXiv:2502.16982), and Kron gets a third, the rule of its authors that arXiv:2506.15544 used;
+    sweep it all the same. `lr` among the options is taken as it is.
+
+    Args:
+        name: adamw, radam, muon (matrices only) or kron (PSGD with Kronecker-factored preconditioner, 4 to 30 times
+            the time of a step of Adam on a CPU).
+        learning_rate: Of AdamW.
+        weight_decay: Decoupled, per step times the learning rate.
+        backend: kron only: heavyball (made for GPUs, compiles its steps), pytorch_optimizer, or auto: heavyball on a
+            GPU if it is installed, else pytorch_optimizer.
+        device: Of the weights; adamw is fused where PyTorch can, kron chooses its backend by it.
+        options: More arguments of the class, e.g. `betas`, `momentum`.
+
+    Raises:
+        ValueError: For an unknown name or backend.
+        ImportError: Naming the package that is missing.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}; got {name!r}.")
+    if backend not in ("auto", "heavyball", "pytorch_optimizer"):
+        raise ValueError(f"backend must be auto, heavyball or pytorch_optimizer; got {backend!r}.")
+    device_type = torch.device(device).type
+    common = {"lr": learning_rate, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW, common | {"fused": device_type in ("cpu", "cuda")} | options
+    if name == "radam":
+        return torch.optim.RAdam, common | {"decoupled_weight_decay": True} | options
+    if name == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"name muon needs PyTorch 2.9 or newer; this is {torch.__version__}. Use adamw.")
+        return torch.optim.Muon, common | {"adjust_lr_fn": "match_rms_adamw"} | options
+    return _kron_class(backend, device_type), common | {"lr": learning_rate / 3} | options
+
+
+def build_optimizer(
+    name: str, params: Iterable[Any], learning_rate: float, *, weight_decay: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
+    """An optimizer over `params` by name; see `optimizer_spec`.
+
+    Args:
+        name: adamw, radam, muon or kron.
+        params: Parameters, or groups as PyTorch takes them.
+        learning_rate: Of AdamW, whichever the optimizer is.
+        weight_decay: Decoupled.
+        options: `backend` of kron, and arguments of the class.
+
+    Raises:
+        ValueError: For an unknown name, or muon over something that is no matrix.
+    """
+    params = list(params)
+    tensors = [p for group in params for p in (group["params"] if isinstance(group, dict) else [group])]
+    wrong = next((tuple(p.shape) for p in tensors if p.ndim != 2), None)
+    if name == "muon" and wrong is not None:
+        raise ValueError(f"params of muon must be matrices; got shape {wrong}. Give the rest to an adamw of its own.")
+    device = tensors[0].device if tensors else "cpu"
+    cls, arguments = optimizer_spec(name, learning_rate, weight_decay=weight_decay, device=device, **options)
+    return cls(params, **arguments)
+
+
+def _kron_class(backend: str, device_type: str) -> type[torch.optim.Optimizer]:
+    if backend == "auto":
+        on_gpu = device_type == "cuda" and importlib.util.find_spec("heavyball") is not None
+        backend = "heavyball" if on_gpu else "pytorch_optimizer"
+    try:
+        if backend == "heavyball":
+            from heavyball import PSGDKron
+
+            return PSGDKron
+        from pytorch_optimizer import Kron
+
+        return Kron
+    except ImportError as error:
+        raise ImportError(
+            f"name kron needs the package {backend}: pip install 'fox-transformers[kron]' (heavyball: "
+            "pip install heavyball)."
+        ) from error

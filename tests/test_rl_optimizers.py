@@ -1,0 +1,140 @@
+"""Optimizers by name: the learning-rate rule, Kron on a problem that Adam cannot do, masks that hold under it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fox_training.optimizers import build_optimizer, optimizer_spec
+from fox_training.sparsity import sparsify
+
+
+def kron():
+    pytest.importorskip("pytorch_optimizer")
+
+
+def least_squares(seed=0, condition=1e4):
+    """Matrix problem `min |A W - Y|^2` whose Hessian has this condition number; loss function and start."""
+    generator = torch.Generator().manual_seed(seed)
+    u, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    a = u @ torch.diag(torch.logspace(0, -torch.tensor(condition).log10() / 2, 16)) @ v
+    y = a @ torch.randn(16, 16, generator=generator)
+    return lambda w: (a @ w - y).square().mean(), torch.zeros(16, 16)
+
+
+def final_loss(name, learning_rate, steps=400, **options):
+    torch.manual_seed(0)
+    loss, start = least_squares()
+    weight = nn.Parameter(start)
+    optimizer = build_optimizer(name, [weight], learning_rate, **options)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.99 if step > steps // 2 else 1.0
+        optimizer.zero_grad()
+        loss(weight).backward()
+        optimizer.step()
+    return loss(weight.detach()).item()
+
+
+def test_kron_solves_what_adam_at_its_best_rate_does_not():
+    kron()
+    adam = min(final_loss("adamw", rate) for rate in (1e-3, 1e-2, 3e-2, 1e-1, 3e-1))
+    assert min(final_loss("kron", rate) for rate in (3e-2, 1e-1)) < adam / 10
+
+
+def test_a_step_of_radam_and_adamw_is_that_of_torch():
+    start = torch.randn(4, 3)
+    for name, theirs, options in (
+        ("radam", torch.optim.RAdam, {"decoupled_weight_decay": True}),
+        ("adamw", torch.optim.AdamW, {}),
+    ):
+        ours, other = (nn.Parameter(start.clone()) for _ in range(2))
+        pair = (
+            build_optimizer(name, [ours], 1e-2, weight_decay=0.1),
+            theirs([other], 1e-2, weight_decay=0.1, **options),
+        )
+        for _ in range(3):
+            for weight, optimizer in zip((ours, other), pair, strict=True):
+                weight.grad = weight.detach().sin()
+                optimizer.step()
+        torch.testing.assert_close(ours, other)
+
+
+def test_the_learning_rate_is_adams_and_kron_takes_a_third():
+    assert optimizer_spec("adamw", 3e-4)[1]["lr"] == 3e-4
+    assert optimizer_spec("radam", 3e-4)[1]["lr"] == 3e-4
+    if hasattr(torch.optim, "Muon"):
+        assert optimizer_spec("muon", 3e-4)[1] == {"lr": 3e-4, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    kron()
+    assert optimizer_spec("kron", 3e-4)[1]["lr"] == pytest.approx(1e-4)
+    assert optimizer_spec("kron", 3e-4, lr=5e-5)[1]["lr"] == 5e-5
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch.optim.Muon")
+def test_a_step_of_muon_is_as_large_as_one_of_adamw():
+    """`match_rms_adamw`: root mean square 0.2 of the learning rate, whatever the gradient; AdamW's is 0.2 to 0.4."""
+    weight = nn.Parameter(torch.zeros(64, 256))
+    optimizer = build_optimizer("muon", [weight], 1e-2)
+    weight.grad = 1e3 * torch.randn(64, 256)
+    optimizer.step()
+    assert weight.detach().square().mean().sqrt() / 1e-2 == pytest.approx(0.2, rel=0.15)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+
+
+def step(model, optimizer, seed):
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    F.mse_loss(model(x), x[:, :2]).backward()
+    optimizer.step()
+
+
+def test_masks_hold_under_kron_whose_preconditioner_moves_every_weight():
+    kron()
+    model = small_net()
+    optimizer = build_optimizer("kron", model.parameters(), 1e-2, weight_decay=0.1)
+    pruner = sparsify(model, optimizer, total_steps=20, final_sparsity=0.8)
+    for seed in range(20):
+        step(model, optimizer, seed)
+        assert all(torch.all(model.get_parameter(n)[~keep] == 0) for n, keep in pruner.masks.items())
+    assert pruner.sparsity() == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_state_of_kron_survives_saving():
+    kron()
+    model, other = small_net(), small_net()
+    optimizer = build_optimizer("kron", model.parameters(), 1e-2)
+    for seed in range(5):
+        step(model, optimizer, seed)
+    other.load_state_dict(model.state_dict())
+    restored = build_optimizer("kron", other.parameters(), 1e-2)
+    for seed in range(2):  # its state is made on the first step
+        step(other, restored, seed)
+    other.load_state_dict(model.state_dict())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(5, 8):
+        for net, its in ((model, optimizer), (other, restored)):
+            torch.manual_seed(seed)  # random probes
+            step(net, its, seed)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_says_what_is_wrong(monkeypatch):
+    with pytest.raises(ValueError, match="name must be one of adamw, radam, muon, kron; got 'shampoo'"):
+        build_optimizer("shampoo", [nn.Parameter(torch.zeros(2, 2))], 1e-3)
+    with pytest.raises(ValueError, match="backend must be auto, heavyball or pytorch_optimizer; got 'x'"):
+        build_optimizer("kron", [nn.Parameter(torch.zeros(2, 2))], 1e-3, backend="x")
+    with pytest.raises(ValueError, match=r"params of muon must be matrices; got shape \(2,\)"):
+        build_optimizer("muon", [nn.Parameter(torch.zeros(2))], 1e-3)
+    monkeypatch.setitem(__import__("sys").modules, "pytorch_optimizer", None)
+    with pytest.raises(
+        ImportError, match=r"needs the package pytorch_optimizer: pip install 'fox-transformers\[kron\]"
+    ):
+        build_optimizer("kron", [nn.Parameter(torch.zeros(2, 2))], 1e-3)
