@@ -1,7 +1,7 @@
 """Time decoding, one query per sequence against a long cache, beside PyTorch's dense attention and a plain copy.
 
     python kernels/benchmarks/bench_decode.py                       the whole workload, rows to decode_results.csv
-    python kernels/benchmarks/bench_decode.py --shapes 1,16,16,131072,64 --csv /tmp/try.csv
+    python kernels/benchmarks/bench_decode.py --shapes 1,16,16,131072,64 --csv try.csv
     python kernels/benchmarks/bench_decode.py --sweep               also other tile sizes, printed, not written
     python kernels/benchmarks/bench_decode.py --skip-tests          no tests first; the rows say so
 
@@ -15,31 +15,35 @@ fills it with zeros, which the call that is timed has to write back. The operato
 gets no time.
 """
 
-import argparse
-import csv
-import datetime
 import itertools
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import triton
-from bench_forgetting_attention import commit
+from _common import (
+    ENVIRONMENT,
+    LOG_TOLERANCE,
+    append_rows,
+    environment,
+    log_gates,
+    logit_bound,
+    parsed_shapes,
+    parser,
+    require_gpu,
+    rms_normalised,
+    run_tests,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
-from fox_kernels import triton_decode  # noqa: E402
-from fox_kernels.decode import append_gates, empty_sums, forgetting_attention_decode  # noqa: E402
-from fox_kernels.pruning import paper_budget  # noqa: E402
+from fox_kernels import triton_decode
+from fox_kernels.decode import append_gates, empty_sums, forgetting_attention_decode
+from fox_kernels.pruning import paper_budget
 
 SHAPES = ["1,24,24,16384,64", "8,24,24,16384,64", "1,16,16,131072,64", "1,32,8,131072,128", "1,16,16,1000000,64"]
-LOG_TOLERANCE = -10.0
+LETTERS = "B,H,H_kv,S,D"
 COLUMNS = [
     "op", "mode", "batch", "heads", "kv_heads", "keys", "head_dim", "queries", "dtype", "pruned_fraction", "p20_ms",
-    "p50_ms", "p80_ms", "floor_ms", "over_floor", "gpu", "torch", "triton", "commit", "tested", "date",
+    "p50_ms", "p80_ms", "floor_ms", "over_floor", *ENVIRONMENT,
 ]  # fmt: skip
 
 
@@ -48,9 +52,8 @@ def workload(batch, heads, kv_heads, keys, head_dim, queries):
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = (batch, heads, queries), (batch, kv_heads, keys), (batch, kv_heads, keys)
     q, k, v = (torch.randn(*shape, head_dim, device="cuda", generator=generator).bfloat16() for shape in shapes)
-    q, k = ((x / x.float().square().mean(-1, keepdim=True).sqrt()).bfloat16() for x in (q, k))
-    decay = 10.0 ** (-4.0 * torch.arange(heads, device="cuda") / max(heads - 1, 1))
-    gates = -decay[:, None] * torch.empty(batch, heads, keys, device="cuda").exponential_(generator=generator)
+    q, k = rms_normalised(q), rms_normalised(k)
+    gates = log_gates(batch, heads, keys, generator)
     growing = empty_sums(batch, heads, keys + queries, "cuda")
     append_gates(growing, gates, 0)
     return q, k, v, gates, growing
@@ -97,8 +100,7 @@ def contenders(q, k, v, gates, growing):
     """name -> function of no arguments."""
     groups = q.shape[1] // k.shape[1]
     num_keys, queries = k.shape[2], q.shape[2]
-    # QK-norm with weight 1: |q . k| / sqrt(D) <= sqrt(D); 1 % covers the rounding of q and k to bfloat16.
-    bound = torch.full((1, 1), 1.01 * q.shape[-1] ** 0.5, device="cuda").expand(q.shape[:2])
+    bound = torch.full((1, 1), logit_bound(q.shape[-1]), device="cuda").expand(q.shape[:2])
     pruning = dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound)
     # The heads of a group as rows that share its keys: the best that dense attention can do.
     rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
@@ -175,42 +177,19 @@ def bench(shape, queries, rate, options, common):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,H,H_kv,S,D", help="default: %(default)s")
-    parser.add_argument("--queries", type=int, default=1, help="new tokens a step, 1 to 16 (default: %(default)s)")
-    parser.add_argument(
-        "--csv", default=ROOT / "kernels" / "benchmarks" / "decode_results.csv", type=Path, help="rows are appended"
-    )
-    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes and print the best")
-    parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
-    parser.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_decode.py needs a CUDA device; none is visible.")
-    try:
-        shapes = [tuple(int(x) for x in shape.split(",")) for shape in options.shapes]
-        assert all(len(shape) == 5 for shape in shapes)
-    except (ValueError, AssertionError):
-        sys.exit(f"--shapes must be B,H,H_kv,S,D with five whole numbers each; got {options.shapes}.")
+    arguments = parser(__doc__, shapes=SHAPES, letters=LETTERS, results="decode_results.csv")
+    arguments.add_argument("--queries", type=int, default=1, help="new tokens a step, 1 to 16 (default: %(default)s)")
+    arguments.add_argument("--sweep", action="store_true", help="also time other tile sizes and print the best")
+    options = arguments.parse_args()
+    shapes = parsed_shapes(options.shapes, LETTERS)
+    require_gpu()
     if not options.skip_tests:
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "tests/test_kernels_decode.py"]
-        if subprocess.run(tests, cwd=ROOT).returncode:
-            sys.exit("The operator's tests failed: no times are taken of a wrong kernel.")
-    common = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "commit": options.commit or commit(), "tested": not options.skip_tests,
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        run_tests("tests/test_kernels_decode.py")
+    common = environment(options)
     rate = bytes_per_ms()
     print(f"copy rate {rate / 1e9:.2f} TB/s")
     rows = [row for shape in shapes for row in bench(shape, options.queries, rate, options, common)]
-    new = not options.csv.exists()
-    with options.csv.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows appended to {options.csv}")
+    append_rows(options.csv, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -1,162 +1,208 @@
-"""Time forgetting attention beside PyTorch's dense attention on one GPU, forward and forward + backward.
+"""Time forgetting attention beside PyTorch's dense attention and other packages on one GPU.
 
     python kernels/benchmarks/bench_forgetting_attention.py                the whole workload, rows to results.csv
     python kernels/benchmarks/bench_forgetting_attention.py --shapes 2,24,16384,64 --csv try.csv
-    python kernels/benchmarks/bench_forgetting_attention.py --skip-tests   no tests first; the rows say so
+    python kernels/benchmarks/bench_forgetting_attention.py --memory       peak memory in place of times
+    python kernels/benchmarks/bench_forgetting_attention.py --plot times.png    draw the newest rows of the CSV
+    python kernels/benchmarks/bench_forgetting_attention.py --ops sdpa-cudnn fox --skip-tests
 
 The workload: q and k normal and RMS-normalised per head (as QK-norm with weight 1 leaves them), v normal, bfloat16;
 head h of H forgets c_h = 10 ** (-4 h / (H - 1)) nats a token on average, each gate -c_h times an exponential
 variable: head 0 forgets within a token, the last one over 10,000. The tolerance of pruning is log eps = -10.
 
 The operator's GPU tests run first: a wrong kernel gets no time. TFLOP/s count the dense causal work, 2 B H T^2 D
-forward and 3.5 times that with the backward pass, whatever was skipped.
+forward and 3.5 times that with the backward pass, whatever was skipped; shares of the peak are of the data sheet's
+dense bfloat16 rate, which is printed. FlexAttention, flash-linear-attention and the official package take part where
+they can be imported.
+
+--memory: bytes that a call holds at its worst beyond its inputs: everything from the start of the forward pass to the
+end of the backward pass, the gradients included.
 """
 
-import argparse
-import csv
-import datetime
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from _common import (
+    ENVIRONMENT,
+    FOLDER,
+    append_rows,
+    environment,
+    log_gates,
+    parsed_shapes,
+    parser,
+    peak_tflops,
+    read_rows,
+    require_gpu,
+    rms_normalised,
+    run_tests,
+)
+from _peers import contenders
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "kernels"))
-from fox_kernels import forgetting_attention  # noqa: E402
+from fox_kernels import forgetting_attention
 
 SHAPES = ["8,24,4096,64", "2,24,16384,64", "2,16,16384,128", "1,16,65536,64"]
-LOG_TOLERANCE = -10.0
-COLUMNS = [
-    "op", "pass", "batch", "heads", "length", "head_dim", "dtype", "pruned_fraction", "p20_ms", "p50_ms", "p80_ms",
-    "dense_tflops", "gpu", "torch", "triton", "commit", "tested", "date",
-]  # fmt: skip
+LETTERS = "B,H,T,D"
+SIZES = ["batch", "heads", "length", "head_dim", "dtype"]
+COLUMNS = ["op", "pass", *SIZES, "pruned_fraction", "p20_ms", "p50_ms", "p80_ms", "dense_tflops", *ENVIRONMENT]
+MEMORY_COLUMNS = ["op", *SIZES, "extra_mib", "over_cudnn", *ENVIRONMENT]
+BASELINE = "sdpa-cudnn"
 
 
-def workload(batch, heads, length, head_dim):
-    generator = torch.Generator("cuda").manual_seed(0)
+def workload(batch, heads, length, head_dim, where="cuda"):
+    generator = torch.Generator(where).manual_seed(0)
     shape = (batch, heads, length, head_dim)
-    q, k, v = (torch.randn(shape, device="cuda", generator=generator) for _ in range(3))
-    q, k = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (q, k))
-    decay = 10.0 ** (-4.0 * torch.arange(heads, device="cuda") / max(heads - 1, 1))
-    gates = -decay[:, None] * torch.empty(shape[:3], device="cuda").exponential_(generator=generator)
+    q, k, v = (torch.randn(shape, device=where, generator=generator) for _ in range(3))
+    gates = log_gates(batch, heads, length, generator)
+    q, k = rms_normalised(q), rms_normalised(k)
     return [x.bfloat16().requires_grad_() for x in (q, k, v)] + [gates.requires_grad_()]
 
 
-def contenders(q, k, v, log_fgate):
-    """name -> (function of no arguments, tensors that get gradients)."""
-
-    def dense(backend):
-        def run():
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        return run
-
-    # QK-norm with weight 1: |q . k| / sqrt(D) <= sqrt(D); 1 % covers the rounding of q and k to bfloat16.
-    bound = 1.01 * q.shape[-1] ** 0.5
-    rules = {
-        f"fox-acp-{rule}": dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound, pruning_rule=rule)
-        for rule in ("paper", "tight")
-    }
-    pruned = {
-        name: (lambda options=options: forgetting_attention(q, k, v, log_fgate, **options), (q, k, v, log_fgate))
-        for name, options in rules.items()
-    }
-    return {
-        "sdpa-cudnn": (dense(SDPBackend.CUDNN_ATTENTION), (q, k, v)),
-        "sdpa-flash2": (dense(SDPBackend.FLASH_ATTENTION), (q, k, v)),
-        "fox": (lambda: forgetting_attention(q, k, v, log_fgate), (q, k, v, log_fgate)),
-        **pruned,
-    }, rules
-
-
 def quantiles(function):
+    import triton
+
     return triton.testing.do_bench(function, warmup=100, rep=300, quantiles=[0.2, 0.5, 0.8])
 
 
-def bench(shape, common):
+def sizes(shape):
+    return dict(zip(SIZES, (*shape, "bfloat16"), strict=True))
+
+
+def chosen(functions, options):
+    unknown = set(options.ops or ()) - set(functions)
+    if unknown:
+        sys.exit(f"--ops must be of {', '.join(functions)}; got {', '.join(sorted(unknown))}.")
+    return {name: x for name, x in functions.items() if not options.ops or name in options.ops}
+
+
+def bench(shape, options, common):
     batch, heads, length, head_dim = shape
     inputs = workload(*shape)
     grad_out = torch.randn_like(inputs[0])
     functions, rules = contenders(*inputs)
     pruned = {
-        name: float(forgetting_attention(*inputs, **options, return_stats=True)[1].pruned_fraction.mean())
-        for name, options in rules.items()
+        name: float(forgetting_attention(*inputs, **rule, return_stats=True)[1].pruned_fraction.mean())
+        for name, rule in rules.items()
     }
     work = 2.0 * batch * heads * length**2 * head_dim / 1e12
+    peak = peak_tflops(options.peak_tflops)
     rows = []
-    for op, (function, leaves) in functions.items():
+    for op, (function, leaves) in chosen(functions, options).items():
         passes = {
             "forward": (function, work),
             "forward+backward": (lambda f=function, x=leaves: torch.autograd.grad(f(), x, grad_out), 3.5 * work),
         }
         for name, (call, flops) in passes.items():
-            p20, p50, p80 = quantiles(call)
-            row = {
-                "op": op, "pass": name, "batch": batch, "heads": heads, "length": length, "head_dim": head_dim,
-                "dtype": "bfloat16", "pruned_fraction": round(pruned.get(op, 0.0), 4),
-                "p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4),
-                "dense_tflops": round(flops / p50 * 1e3, 1), **common,
-            }  # fmt: skip
+            try:
+                p20, p50, p80 = quantiles(call)
+            except Exception as error:  # a peer that cannot do this pass: say so and go on
+                if op.startswith(("fox", "sdpa")):
+                    raise
+                print(f"{shape!s:24} {op:22} {name:17} not measured, {type(error).__name__}: {str(error)[:90]!r}")
+                continue
+            rate = flops / p50 * 1e3
+            share = "" if peak is None else f" {rate / peak:6.1%} of peak"
             print(
-                f"{shape!s:24} {op:14} {name:17} {p50:8.3f} ms {row['dense_tflops']:7.1f} TFLOP/s   "
-                f"pruned {row['pruned_fraction']:.1%}",
+                f"{shape!s:24} {op:22} {name:17} {p50:8.3f} ms {rate:7.1f} TFLOP/s{share}   "
+                f"pruned {pruned.get(op, 0.0):.1%}",
                 flush=True,
             )
-            rows.append(row)
+            rows.append(
+                {
+                    "op": op, "pass": name, **sizes(shape), "pruned_fraction": round(pruned.get(op, 0.0), 4),
+                    "p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4),
+                    "dense_tflops": round(rate, 1), **common,
+                }
+            )  # fmt: skip
     return rows
 
 
-def commit():
-    """The commit of the working tree, `+changes` if it differs from it; "unknown" outside of a checkout."""
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+def extra_bytes(function, leaves, grad_out):
+    """The most that a call holds beyond what was there before it."""
+    for _ in range(2):  # the first call compiles, and allocates what stays
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(function(), leaves, grad_out)
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def memory(shape, options, common):
+    inputs = workload(*shape)
+    grad_out = torch.randn_like(inputs[0])
+    extra = {}
+    for op, (function, leaves) in chosen(contenders(*inputs)[0], options).items():
+        try:
+            extra[op] = extra_bytes(function, leaves, grad_out)
+        except Exception as error:  # as above
+            if op.startswith(("fox", "sdpa")):
+                raise
+            print(f"{shape!s:24} {op:22} not measured, {type(error).__name__}: {str(error)[:90]!r}")
+    rows = []
+    for op, count in extra.items():
+        over = round(count / extra[BASELINE], 3) if BASELINE in extra else ""
+        print(f"{shape!s:24} {op:22} {count / 2**20:9.1f} MiB extra, {over} x {BASELINE}", flush=True)
+        rows.append({"op": op, **sizes(shape), "extra_mib": round(count / 2**20, 2), "over_cudnn": over, **common})
+    return rows
+
+
+def plot(path, picture):
+    """A panel for each pass: time over that of dense cuDNN, by shape, of the newest commit in the CSV."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_rows(path)
+    rows = [row for row in rows if (row["commit"], row["gpu"]) == (rows[-1]["commit"], rows[-1]["gpu"])]
+    times = {}  # a repeated measurement replaces the one before
+    for row in rows:
+        shape = tuple(int(row[name]) for name in SIZES[:4])
+        times[row["pass"], shape, row["op"]] = [float(row[name]) for name in ("p20_ms", "p50_ms", "p80_ms")]
+    shapes = sorted({shape for _, shape, _ in times}, key=lambda x: (x[2], x[3]))
+    ops = list(dict.fromkeys(op for _, _, op in times if op != BASELINE))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
+    for axis, kind in zip(axes, ("forward", "forward+backward"), strict=True):
+        for i, op in enumerate(ops):
+            at, ratio, spread = [], [], ([], [])
+            for x, shape in enumerate(shapes):
+                base, got = times.get((kind, shape, BASELINE)), times.get((kind, shape, op))
+                if base and got:
+                    at.append(x + (i + 0.5) * 0.8 / len(ops) - 0.4)
+                    ratio.append(got[1] / base[1])
+                    spread[0].append((got[1] - got[0]) / base[1])
+                    spread[1].append((got[2] - got[1]) / base[1])
+            axis.bar(at, ratio, 0.8 / len(ops), yerr=spread, label=op)
+        axis.axhline(1.0, color="black", linewidth=1)
+        axis.set(ylabel="time / dense cuDNN", title=kind)
+    axes[1].set_xticks(range(len(shapes)), [", ".join(map(str, shape)) for shape in shapes])
+    axes[1].set_xlabel(f"{LETTERS}   ({rows[-1]['gpu']}, torch {rows[-1]['torch']}, commit {rows[-1]['commit']})")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
+    figure.savefig(picture, dpi=120)
+    print(f"{len(times)} times drawn in {picture}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,H,T,D", help="default: %(default)s")
-    parser.add_argument(
-        "--csv", default=ROOT / "kernels" / "benchmarks" / "results.csv", type=Path, help="rows are appended"
-    )
-    parser.add_argument("--skip-tests", action="store_true", help="time without testing first")
-    parser.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_forgetting_attention.py needs a CUDA device; none is visible.")
-    try:
-        shapes = [tuple(int(x) for x in shape.split(",")) for shape in options.shapes]
-        assert all(len(shape) == 4 for shape in shapes)
-    except (ValueError, AssertionError):
-        sys.exit(f"--shapes must be B,H,T,D with four whole numbers each; got {options.shapes}.")
+    arguments = parser(__doc__, shapes=SHAPES, letters=LETTERS, results="results.csv")
+    arguments.add_argument("--ops", nargs="+", metavar="OP", help="only these (default: all that can be imported)")
+    arguments.add_argument("--memory", action="store_true", help="measure memory; rows to memory_results.csv")
+    arguments.add_argument("--plot", metavar="PNG", help="draw the rows of --csv and stop")
+    arguments.add_argument("--peak-tflops", type=float, help="bfloat16 rate of the GPU (default: its data sheet's)")
+    options = arguments.parse_args()
+    shapes = parsed_shapes(options.shapes, LETTERS)
+    if options.plot:
+        plot(options.csv, options.plot)
+        return
+    require_gpu()
     if not options.skip_tests:
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-x", "tests/test_kernels_triton.py"]
-        if subprocess.run(tests, cwd=ROOT).returncode:
-            sys.exit("The operator's tests failed: no times are taken of a wrong kernel.")
-    common = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "commit": options.commit or commit(), "tested": not options.skip_tests,
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
-    rows = [row for shape in shapes for row in bench(shape, common)]
-    new = not options.csv.exists()
-    with options.csv.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"{len(rows)} rows appended to {options.csv}")
+        run_tests("tests/test_kernels_triton.py")
+    common = environment(options)
+    if options.memory:
+        path = options.csv if options.csv.name != "results.csv" else FOLDER / "memory_results.csv"
+        append_rows(path, MEMORY_COLUMNS, [row for shape in shapes for row in memory(shape, options, common)])
+        return
+    print(f"{common['gpu']}: shares of a peak of {peak_tflops(options.peak_tflops)} TFLOP/s in bfloat16, dense")
+    append_rows(options.csv, COLUMNS, [row for shape in shapes for row in bench(shape, options, common)])
 
 
 if __name__ == "__main__":
