@@ -1,7 +1,7 @@
 # make demo    a small FoX (Pro) learns real text on a CPU, is saved, reloaded and generates: about 8 minutes with installation
 # make test    the test suite on a CPU
 # make check   what CI runs: style, structure, tests, Triton kernels interpreted and compiled ahead
-# make test-tasks    TRL, lm-eval and torchao on FoX, which it installs: about 2 minutes and 400 MB
+# make test-tasks    TRL, lm-eval, torchao and bitsandbytes on FoX: installs 600 MB for it
 # make test-gpu, make bench    on a machine with a CUDA device, in the current environment
 
 PYTHON ?= python3

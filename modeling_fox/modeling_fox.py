@@ -365,7 +365,8 @@ class FoxPreTrainedModel(LoadsOtherCheckpoints, PreTrainedModel):
     # False: engines that bring their own attention function (vLLM, TGI) would drop the gates.
     _supports_attention_backend = False
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules = ["fgate_proj"]
+    # Beside fp16 weights, and out of every quantization: a pattern, as some quantizers match names of weights.
+    _keep_in_fp32_modules = [".*fgate_proj"]
     _can_record_outputs = {"hidden_states": FoxDecoderLayer, "attentions": FoxAttention}
 
     @torch.no_grad()
