@@ -46,6 +46,7 @@ from .attention_fox import (
 from .cache_fox import prepare_cache
 from .configuration_fox import FoxConfig
 from .conversion_fox import LoadsOtherCheckpoints
+from .hub_fox import SavesCode
 
 # An instance of its own, so that "sdpa" and "flex_attention" mean ours in this file and Transformers' elsewhere.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
@@ -353,7 +354,7 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
 
 
 @auto_docstring
-class FoxPreTrainedModel(LoadsOtherCheckpoints, PreTrainedModel):
+class FoxPreTrainedModel(SavesCode, LoadsOtherCheckpoints, PreTrainedModel):
     config: FoxConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -1,0 +1,166 @@
+"""A folder as on the Hub: with the code it loads where only torch and transformers are, without it no code runs."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import hub
+
+from helpers import random_tokens, tiny_fox
+from modeling_fox import FoxForCausalLM
+
+CODE = {
+    f"{name}_fox.py"
+    for name in ("attention", "cache", "configuration", "conversion", "hub", "modeling", "modeling_heads", "parallel")
+}
+
+# Refuses our packages, and all that transformers does not need itself, even if they are installed.
+ELSEWHERE = """
+import sys
+HIDDEN = {"modeling_fox", "fox_kernels", "fox_training", "fox_rl", "triton", "accelerate", "kernels", "datasets"}
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+source, again, given, answer = sys.argv[1:]
+tokens, results = torch.load(given), {}
+for name in ("eager", "sdpa"):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, attn_implementation=name)
+    with torch.no_grad():
+        results[name] = model(tokens, use_cache=False).logits
+    results["text", name] = model.generate(tokens, max_new_tokens=8, do_sample=False)
+    results["static", name] = model.generate(tokens, max_new_tokens=8, do_sample=False, cache_implementation="static")
+try:
+    model.set_attn_implementation("fox_acp")
+except ImportError as error:
+    results["fox_acp"] = str(error)
+model.set_attn_implementation("sdpa")
+model.save_pretrained(again)
+for auto_class in (AutoModel, AutoModelForSequenceClassification):
+    results[auto_class.__name__] = type(auto_class.from_pretrained(again, trust_remote_code=True)).__module__
+torch.save(results, answer)
+"""
+
+
+def test_a_folder_with_the_code_loads_where_only_torch_and_transformers_are(tmp_path):
+    model, tokens = tiny_fox(attn_implementation="eager", pad_token_id=0), random_tokens(2, 12)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    text = model.generate(tokens, max_new_tokens=8, do_sample=False)
+    model.save_pretrained(tmp_path / "source", with_code=True)
+    assert {file.name for file in (tmp_path / "source").glob("*.py")} == CODE
+    torch.save(tokens, tmp_path / "tokens.pt")
+    paths = [str(tmp_path / name) for name in ("source", "again", "tokens.pt", "answer.pt")]
+    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", ELSEWHERE, *paths]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = torch.load(tmp_path / "answer.pt")
+    assert torch.equal(got["eager"], expected)
+    torch.testing.assert_close(got["sdpa"], expected, rtol=0, atol=1e-4)
+    for name in ("eager", "sdpa"):
+        assert torch.equal(got["text", name], text) and torch.equal(got["static", name], text)
+    assert "needs the package fox_kernels" in got["fox_acp"]
+    # Saved there it keeps the code, heads included.
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} == CODE
+    assert all(
+        got[name].startswith("transformers_modules") for name in ("AutoModel", "AutoModelForSequenceClassification")
+    )
+
+
+def test_with_the_package_code_in_the_folder_is_never_run(tmp_path):
+    model, tokens = tiny_fox(), random_tokens(1, 9)
+    model.save_pretrained(tmp_path, with_code=True)
+    for file in tmp_path.glob("*.py"):
+        file.write_text("raise RuntimeError('this code ran')\n", encoding="utf-8")
+    for options in ({}, {"trust_remote_code": True}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert type(loaded) is FoxForCausalLM
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_without_the_code_nothing_points_to_any(tmp_path):
+    model = tiny_fox()
+    model.save_pretrained(tmp_path / "with", with_code=True)
+    model.save_pretrained(tmp_path / "without")
+    FoxForCausalLM.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "again")
+    for name in ("without", "again"):
+        assert not list((tmp_path / name).glob("*.py"))
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+
+
+def test_code_is_for_the_classes_that_it_holds(tmp_path):
+    class MyFox(FoxForCausalLM):
+        pass
+
+    with pytest.raises(ValueError, match="`with_code` must be False for a MyFox"):
+        tiny_fox(model_class=MyFox).save_pretrained(tmp_path, with_code=True)
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_push_to_hub_uploads_config_weights_card_and_code_if_asked(with_code, monkeypatch):
+    uploaded = {}
+
+    class Card:
+        def save(self, file):
+            with open(file, "w", encoding="utf-8") as card:
+                card.write("a card\n")
+
+    class Api:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Address", (), {"repo_id": repo_id})
+
+    def upload(folder, repo_id, **kwargs):
+        uploaded[repo_id] = set(os.listdir(folder))
+
+    model = tiny_fox()
+    monkeypatch.setattr(hub, "create_repo", Api().create_repo, raising=False)
+    monkeypatch.setattr(hub, "hf_api", Api, raising=False)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Card())
+    monkeypatch.setattr(model, "_upload_modified_files", upload)
+    model.push_to_hub("user/fox", with_code=with_code)
+    plain = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert uploaded == {"user/fox": plain | CODE if with_code else plain}
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("sprung",))
+
+
+def test_pickled_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    tiny_fox().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="must hold safetensors; got .* with pickled weights only"):
+        FoxForCausalLM.from_pretrained(folder)
+    # Who trusts the file says so, and even then only tensors are read.
+    trusted = FoxForCausalLM.from_pretrained(folder, use_safetensors=False)
+    assert torch.equal(trusted.lm_head.weight, weights["lm_head.weight"])
+    torch.save(weights | {"trap": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        FoxForCausalLM.from_pretrained(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match="`weights_only` must be True"):
+        FoxForCausalLM.from_pretrained(folder, use_safetensors=False, weights_only=False)
+    assert not (tmp_path / "sprung").exists()
