@@ -22,6 +22,7 @@ from transformers.utils import cached_file
 
 from . import FoxForCausalLM, adoption
 from .conversion_fox import FLA, OFFICIAL, foreign_config_dict, left_out, transforms_to
+from .hub_fox import add_code
 
 FORMATS = {"fox": None, "official": OFFICIAL, "fla": FLA}
 
@@ -33,6 +34,7 @@ def convert(
     max_shard_size: str = "5GB",
     add_gates: bool = False,
     decay_time: float = adoption.DECAY_TIME,
+    with_code: bool = False,
 ) -> list[str]:
     """Write the causal language model `source` to the folder `destination`, in the format `to`.
 
@@ -43,6 +45,7 @@ def convert(
         max_shard_size: Largest file of weights, as for `save_pretrained`.
         add_gates: Whether to add open gates to a Llama or Qwen3, see `adoption`.
         decay_time: How open those are: tokens after which one has forgotten all but 1/e.
+        with_code: Whether our code goes beside the weights, see `hub_fox`.
 
     Returns:
         Names of the fields of our configuration that `to` has no place for and that change no output.
@@ -53,6 +56,8 @@ def convert(
     destination = Path(destination)
     if destination.exists() and any(destination.iterdir()):
         raise ValueError(f"`destination` must be a new or empty folder; got {destination}. Choose another.")
+    if with_code and to != "fox":
+        raise ValueError(f"`with_code` must be False with `to={to!r}`: that code is not ours. Leave --with-code out.")
     model = adoption.add_gates(source, decay_time) if add_gates else _load_language_model(source)
     target = FORMATS[to]
     if target is None:
@@ -62,6 +67,8 @@ def convert(
     if cached_file(source, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None:
         # With our config, or it would ask to run the code that their config.json points to.
         AutoTokenizer.from_pretrained(source, config=model.config).save_pretrained(destination)
+    if with_code:
+        add_code(destination)
     return [] if target is None else left_out(model.config, target)
 
 
@@ -102,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="TOKENS",
         help="with --add-gates: tokens after which an open gate has forgotten all but 1/e (default: %(default).0e)",
     )
+    parser.add_argument("--with-code", action="store_true", help="our code beside the weights, for trust_remote_code")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     options = parser.parse_args(arguments)
     try:

@@ -10,8 +10,12 @@ Transformers copies the file of the class that is saved and what it imports by `
 the model is a sibling of this one, and is imported here.
 """
 
+import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
 
 
 def classes_by_auto_class() -> dict[str, type]:
@@ -31,6 +35,43 @@ def classes_by_auto_class() -> dict[str, type]:
     }
 
 
+def auto_map() -> dict[str, str]:
+    """What config.json says of the code: where each Auto class finds its class, as `"file.Class"`."""
+    return {
+        name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes_by_auto_class().items()
+    }
+
+
+def add_code(folder: str | Path) -> list[str]:
+    """Write the code beside weights that are saved already; that of `JSONGPT2Tokenizer` too, if it is the tokenizer.
+
+    Returns:
+        Names of the files that were written or changed.
+
+    Raises:
+        ValueError: If the config.json of `folder` is not that of a FoX model.
+    """
+    folder = Path(folder)
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if settings.get("model_type") != "fox":
+        raise ValueError(
+            f"`folder` must hold a FoX model; the config.json of {folder} has the model_type "
+            f"{settings.get('model_type')!r}. Save the model there first."
+        )
+    files, changed = [__file__, *get_relative_import_files(__file__)], {config: settings | {"auto_map": auto_map()}}
+    tokenizer = folder / "tokenizer_config.json"
+    settings = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.is_file() else {}
+    if settings.get("tokenizer_class") == "JSONGPT2Tokenizer":
+        files.append(str(Path(__file__).with_name("tokenization_fox.py")))
+        changed[tokenizer] = settings | {"auto_map": {"AutoTokenizer": ["tokenization_fox.JSONGPT2Tokenizer", None]}}
+    for file in set(files):
+        shutil.copyfile(file, folder / Path(file).name)
+    for file, settings in changed.items():
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sorted({Path(file).name for file in (*files, *changed)})
+
+
 @contextmanager
 def saved_with_code(model, with_code: bool):
     """While this is open, `save_pretrained` of Transformers copies the code of `model` too, or does not.
@@ -47,8 +88,7 @@ def saved_with_code(model, with_code: bool):
     # That of a folder with code, from which the model was loaded: its names would lead nowhere in one without.
     old = vars(model.config).pop("auto_map", None)
     if with_code:
-        files = {name: cls.__module__.rpartition(".")[2] for name, cls in classes.items()}
-        model.config.auto_map = {name: f"{files[name]}.{cls.__name__}" for name, cls in classes.items()}
+        model.config.auto_map = auto_map()
     model._auto_class = auto_class if with_code else None
     model.is_remote_code = lambda: with_code
     try:
@@ -122,4 +162,4 @@ class SavesCode:
         return getattr(self, "_code_is_pushed", type(self)._auto_class is not None)
 
 
-__all__ = ["SavesCode"]
+__all__ = ["SavesCode", "add_code"]

@@ -9,11 +9,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_modeling_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import hub
 
 from helpers import random_tokens, tiny_fox
 from modeling_fox import FoxForCausalLM
+from modeling_fox.convert import convert
+from modeling_fox.hub_fox import add_code
 
 CODE = {
     f"{name}_fox.py"
@@ -37,7 +40,7 @@ class Hiding:
 
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 source, again, given, answer = sys.argv[1:]
 tokens, results = torch.load(given), {}
@@ -55,6 +58,8 @@ model.set_attn_implementation("sdpa")
 model.save_pretrained(again)
 for auto_class in (AutoModel, AutoModelForSequenceClassification):
     results[auto_class.__name__] = type(auto_class.from_pretrained(again, trust_remote_code=True)).__module__
+tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+results["tokens"] = tokenizer("a\\nb").input_ids
 torch.save(results, answer)
 """
 
@@ -64,8 +69,10 @@ def test_a_folder_with_the_code_loads_where_only_torch_and_transformers_are(tmp_
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
     text = model.generate(tokens, max_new_tokens=8, do_sample=False)
-    model.save_pretrained(tmp_path / "source", with_code=True)
-    assert {file.name for file in (tmp_path / "source").glob("*.py")} == CODE
+    model.save_pretrained(tmp_path / "plain")
+    write_tokenizer(tmp_path / "plain")
+    convert(str(tmp_path / "plain"), tmp_path / "source", with_code=True)
+    assert {file.name for file in (tmp_path / "source").glob("*.py")} == CODE | {"tokenization_fox.py"}
     torch.save(tokens, tmp_path / "tokens.pt")
     paths = [str(tmp_path / name) for name in ("source", "again", "tokens.pt", "answer.pt")]
     environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -77,6 +84,7 @@ def test_a_folder_with_the_code_loads_where_only_torch_and_transformers_are(tmp_
     torch.testing.assert_close(got["sdpa"], expected, rtol=0, atol=1e-4)
     for name in ("eager", "sdpa"):
         assert torch.equal(got["text", name], text) and torch.equal(got["static", name], text)
+    assert got["tokens"] == [256, 97, 92, 110, 98]  # the newline as JSON has it
     assert "needs the package fox_kernels" in got["fox_acp"]
     # Saved there it keeps the code, heads included.
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == CODE
@@ -113,6 +121,20 @@ def test_code_is_for_the_classes_that_it_holds(tmp_path):
 
     with pytest.raises(ValueError, match="`with_code` must be False for a MyFox"):
         tiny_fox(model_class=MyFox).save_pretrained(tmp_path, with_code=True)
+
+
+def test_code_is_added_to_folders_of_fox_only(tmp_path):
+    tiny_fox().save_pretrained(tmp_path / "later")
+    tiny_fox().save_pretrained(tmp_path / "at once", with_code=True)
+    assert set(add_code(tmp_path / "later")) == CODE | {"config.json"}
+    later, at_once = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("later", "at once"))
+    assert later == at_once
+    with pytest.raises(
+        ValueError, match="`folder` must hold a FoX model; the config.json of .* has the model_type None"
+    ):
+        add_code(tmp_path)
+    with pytest.raises(ValueError, match="`with_code` must be False with `to='fla'`"):
+        convert(str(tmp_path / "later"), tmp_path / "new", to="fla", with_code=True)
 
 
 @pytest.mark.parametrize("with_code", [False, True])

@@ -12,7 +12,7 @@ import yaml
 
 from fox_training import card, evaluate, publish
 from fox_training.recipe import DataRecipe, ModelRecipe, Recipe, save_recipe
-from helpers import save_tiny_llama
+from helpers import save_tiny_llama, tiny_fox
 
 ROWS = [
     {"step": 10, "tokens": 640, "loss": 5.25, "tokens_per_second": 111.0, "train_seconds": 5.0},
@@ -201,6 +201,15 @@ def test_a_dry_run_prints_the_files_and_the_card_without_a_network(run, capsys, 
     ]  # fmt: skip
     assert (run / "model" / "README.md").read_text(encoding="utf-8") in out
     assert 'from_pretrained("me/fox-tiny")' in out
+
+
+def test_the_code_goes_along_if_asked(run, capsys, no_network):
+    tiny_fox().save_pretrained(run / "model")
+    assert publish.main([str(run), "--repo", "me/fox-tiny", "--dry-run", "--with-code"]) == 0
+    listed = re.findall(r"^ *[\d,]+  (\S*_fox\.py)$", capsys.readouterr().out, re.MULTILINE)
+    assert "modeling_fox.py" in listed and "modeling_heads_fox.py" in listed
+    config = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_fox.FoxForCausalLM"
 
 
 def test_publishing_is_one_repository_and_one_commit(run, capsys, monkeypatch, no_network):

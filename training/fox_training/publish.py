@@ -13,6 +13,8 @@ See first:          python -m fox_training.publish runs/demo --repo user/fox-dem
 Publish:            python -m fox_training.publish runs/demo --repo user/fox-demo --license apache-2.0
 Only for yourself:  python -m fox_training.publish runs/demo --repo user/fox-demo --private
 
+Readable without modeling_fox:  ... --with-code    its code goes beside the weights, for trust_remote_code=True
+
 Needs a login (`hf auth login`); --dry-run touches no network. The card is written again from the files of the run,
 with the name of the repository in its example. Checkpoints are not uploaded.
 """
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--title", metavar="TEXT", help="heading of the card (default: NAME)")
     add("--license", metavar="ID", help="licence of the weights as the Hub names it (default: none is stated)")
     add("--private", action="store_true", help="make the repository private if it does not exist yet")
+    add("--with-code", action="store_true", help="put the code of the model beside the weights, in OUT/model too")
     add("--dry-run", action="store_true", help="print what would be uploaded, and the card")
     return parser
 
@@ -82,6 +85,10 @@ def publish(args: argparse.Namespace) -> str | None:
     if args.repo.count("/") != 1:
         raise ValueError(f"--repo must be USER/NAME, got {args.repo}. Name your user or organisation too.")
     title = args.title or args.repo.partition("/")[2]
+    if args.with_code:
+        from modeling_fox.hub_fox import add_code
+
+        add_code(args.run / "model")
     card = write_card(args.run, title=title, license=args.license, repo=args.repo)
     files = list_files(card.parent)
     if args.dry_run:
