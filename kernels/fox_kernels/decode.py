@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ._ops import add_op_namespace_prefix
 from .forgetting_attention import _check_pruning, _check_tensors, _check_window, _require_triton
 from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
 from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
@@ -263,7 +264,7 @@ def _decode(
 
 
 _decode_op = torch.library.custom_op(
-    "fox_kernels::forgetting_attention_decode", _decode, mutates_args=(), device_types=("cpu", "cuda")
+    add_op_namespace_prefix("forgetting_attention_decode"), _decode, mutates_args=(), device_types=("cpu", "cuda")
 )
 
 

@@ -7,6 +7,7 @@ Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim;
 import torch
 
 from . import blockwise
+from ._ops import add_op_namespace_prefix
 from .gates import GATE_BLOCK, GateSums, first_visible_key, gate_gradient, prepare
 from .pruning import PRUNING_RULES, PruningStats, prune, statistics
 
@@ -205,7 +206,9 @@ def _require_triton():
         ) from _TRITON_ERROR
 
 
-@torch.library.custom_op("fox_kernels::forgetting_attention", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    add_op_namespace_prefix("forgetting_attention"), mutates_args=(), device_types=("cpu", "cuda")
+)
 def _forgetting_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -249,7 +252,9 @@ def _(q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start, wi
     )
 
 
-@torch.library.custom_op("fox_kernels::forgetting_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    add_op_namespace_prefix("forgetting_attention_backward"), mutates_args=(), device_types=("cpu", "cuda")
+)
 def _forgetting_attention_backward(
     grad_out: torch.Tensor,
     q: torch.Tensor,
