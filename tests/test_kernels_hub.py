@@ -35,7 +35,7 @@ def run_without_the_package(code, project, *arguments):
     hide = "import sys; sys.modules['fox_kernels'] = None; "
     return subprocess.run(
         [sys.executable, "-c", hide + code, project, *arguments], cwd=project, capture_output=True, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"someone/fox-kernels={project}"},
     )  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def test_the_hub_kernel_stands_alone(project):
         "expected = fox.forgetting_attention_reference(*inputs)\n"
         "for x, y in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))):\n"
         "    torch.testing.assert_close(x, y, atol=1e-4, rtol=0)\n"
+        "assert kernels.get_kernel('someone/fox-kernels', version=1) is fox\n"
         "assert sys.modules['fox_kernels'] is None\n",
         project,
     )
