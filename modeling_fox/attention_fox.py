@@ -500,13 +500,14 @@ def find_last_real_token(padding_mask: torch.Tensor) -> torch.Tensor:
     return (position * (padding_mask != 0)).cummax(dim=1).values
 
 
-def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values):
+def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, layer_idx=0):
     """Make what the layers need from what the model was given.
 
     Args:
         attention_mask: `(B, S)`, 0 at padding; a 4D mask, passed on as it is; or the dict that `generate` makes itself
             for a cache of fixed shape.
         position_ids: `(B, T)`; see `find_document_starts`.
+        layer_idx: Layer whose cache tells how many tokens came before.
 
     Returns:
         Arguments of every layer: "attention_mask", what the backend takes; "padding_mask", `(B, T)`, 0 at padding;
@@ -542,6 +543,7 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
         "position_ids": position_ids,
+        "layer_idx": layer_idx,
     }
     causal, padding = create_causal_mask(**mask_kwargs), padding_of_new_tokens(**mask_kwargs)
     return _layer_masks(causal, padding, document_starts)

@@ -434,10 +434,12 @@ class FoxModel(FoxPreTrainedModel):
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
 
-        masks = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        # In a pipeline the layers of other stages are identities, whose part of the cache stays empty.
+        own = next((idx for idx, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
+        masks = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, own)
         num_tokens = inputs_embeds.shape[1]
         # In a static cache this is a tensor that the layers below count up.
-        num_seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        num_seen = 0 if past_key_values is None else past_key_values.get_seq_length(own)
         num_keys = None
         if isinstance(num_seen, torch.Tensor) and num_tokens > 1 and not is_tracing(inputs_embeds):
             # One look at the device for all layers; a step of one token needs none.
