@@ -256,6 +256,10 @@ def test_says_what_is_wrong_with_the_input():
         forgetting_attention_decode(q, k, v, sums, pruning_rule="tightest")
     with pytest.raises(ValueError, match=r"gate_sums.starts must be \(2, 2, 4, 1\) or longer; got \(2, 2, 4, 0\)"):
         forgetting_attention_decode(q, k, v, GateSums(sums.within, sums.starts[..., :0]))
+    with pytest.raises(ValueError, match=r"gate_sums.within must be \(2, 2, 4, 40\) or longer; got \(2, 2, 4, 39\)"):
+        forgetting_attention_decode(q, k, v, GateSums(sums.within[..., :39], sums.starts))
+    with pytest.raises(ValueError, match="gate_sums.starts must be float32 on cpu; got torch.float64 on cpu"):
+        forgetting_attention_decode(q, k, v, GateSums(sums.within, sums.starts.double()))
     with pytest.raises(ValueError, match=r"first_key must be \(2, 4, 3\) int32; got \(2, 4, 1\) torch.int32"):
         forgetting_attention_decode(q, k, v, sums, first_key=torch.zeros(2, 4, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"num_keys must be one int32 or int64; got \(2,\) torch.int64"):

@@ -166,6 +166,10 @@ def test_compiles_into_one_graph(tolerance):
         (dict(log_fgate=torch.zeros(2, 4, 9, dtype=torch.float16)), "log_fgate must be float32, got torch.float16"),
         (dict(key_start=torch.zeros(3, dtype=torch.int64)), r"key_start must be \(2,\) int32 or int64"),
         (
+            dict(key_start=torch.zeros(2, dtype=torch.int64, device="meta")),
+            "key_start must be on the device of q, cpu",
+        ),
+        (
             dict(log_pruning_tolerance=0.5),
             "log_pruning_tolerance is the log of a probability and must be negative; got 0.5",
         ),

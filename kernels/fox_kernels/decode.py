@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ._ops import add_op_namespace_prefix
-from .forgetting_attention import _check_pruning, _check_tensors, _check_window, _require_triton
+from .forgetting_attention import _check_key_start, _check_products, _check_pruning, _check_window, _require_triton
 from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
 from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
 
@@ -196,7 +196,7 @@ def forgetting_attention_decode(
         bound = bound.to(q.device).float().expand(q.shape[:2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v, within, starts = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, within, starts))
-    first_key = None if first_key is None else first_key.contiguous()
+    first_key, key_start = (None if x is None else x.contiguous() for x in (first_key, key_start))
     tolerance = 0.0 if log_pruning_tolerance is None else float(log_pruning_tolerance)
     # The op is for compilers: going through the dispatcher takes 90 of 250 us of a call with nothing to compute.
     decode = _decode_op if torch.compiler.is_compiling() else _decode
@@ -205,9 +205,9 @@ def forgetting_attention_decode(
 
 
 def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
-    # A view as long as the keys stands for the gates: the same shape, dtype and device are asked of both.
     within, starts = gate_sums
-    _check_tensors(q, k, v, within[0, ..., : k.shape[2]] if within.dim() == 4 and k.dim() == 4 else within, key_start)
+    _check_products(q, k, v)
+    _check_key_start(q, key_start)
     batch, num_heads, num_queries, _ = q.shape
     if num_queries > MAX_DECODE_QUERIES:
         raise ValueError(
@@ -218,6 +218,14 @@ def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
             f"num_keys must be between the {num_queries} positions of q and the {k.shape[2]} of k; got {num_keys}. It "
             "counts the cached keys together with the new ones."
         )
+    if within.shape[:3] != (2, batch, num_heads) or within.shape[3] < k.shape[2]:
+        raise ValueError(
+            f"gate_sums.within must be {(2, batch, num_heads, k.shape[2])} or longer; got {tuple(within.shape)}. "
+            "`gates.gate_sums` makes it from the gates of all keys."
+        )
+    for name, x in (("within", within), ("starts", starts)):
+        if x.dtype != torch.float32 or x.device != q.device:
+            raise ValueError(f"gate_sums.{name} must be float32 on {q.device}; got {x.dtype} on {x.device}.")
     if starts.shape[:3] != (2, batch, num_heads) or starts.shape[3] * GATE_BLOCK < k.shape[2]:
         raise ValueError(
             f"gate_sums.starts must be {(2, batch, num_heads, -(-k.shape[2] // GATE_BLOCK))} or longer; got "

@@ -101,6 +101,7 @@ def _attend(
     _check_window(window)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    key_start = None if key_start is None else key_start.contiguous()
     out, _, within, starts, first_key = _forgetting_attention(
         q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start, window, cu_seqlens
     )
@@ -115,6 +116,12 @@ def _attend(
 
 
 def _check_tensors(q, k, v, log_fgate, key_start):
+    _check_products(q, k, v)
+    _check_gates(q, k, log_fgate)
+    _check_key_start(q, key_start)
+
+
+def _check_products(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(
@@ -126,13 +133,9 @@ def _check_tensors(q, k, v, log_fgate, key_start):
             raise ValueError(f"{name} must have the dtype of q, {q.dtype}; got {x.dtype}. Cast one of them.")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}; got {x.device}. Move one of them.")
-    _check_shapes(q, k, v, log_fgate, key_start)
-
-
-def _check_shapes(q, k, v, log_fgate, key_start):
     batch, num_heads, num_queries, head_dim = q.shape
     num_keys = k.shape[2]
-    if min(q.shape) == 0 or min(k.shape) == 0:
+    if q.numel() == 0 or k.numel() == 0:
         raise ValueError(f"q and k must not be empty; got shapes {tuple(q.shape)} and {tuple(k.shape)}.")
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}; got {head_dim}. Use more heads, or the reference.")
@@ -147,22 +150,32 @@ def _check_shapes(q, k, v, log_fgate, key_start):
         raise ValueError(
             f"q has {num_queries} positions but k only {num_keys}: pass the cached keys together with the new ones."
         )
-    if log_fgate.shape != (batch, num_heads, num_keys):
-        raise ValueError(
-            f"log_fgate must be {(batch, num_heads, num_keys)}, one gate per query head and key; "
-            f"got {tuple(log_fgate.shape)}."
-        )
+
+
+def _check_gates(q, k, log_fgate):
+    shape = (q.shape[0], q.shape[1], k.shape[2])
+    if log_fgate.shape != shape:
+        raise ValueError(f"log_fgate must be {shape}, one gate per query head and key; got {tuple(log_fgate.shape)}.")
     if log_fgate.dtype != torch.float32:
         raise ValueError(f"log_fgate must be float32, got {log_fgate.dtype}: take logsigmoid(logits.float()).")
     if log_fgate.device != q.device:
         raise ValueError(
             f"log_fgate must be on the device of q, {q.device}; got {log_fgate.device}. Move one of them."
         )
-    if key_start is not None and (key_start.shape != (batch,) or key_start.dtype not in (torch.int32, torch.int64)):
+
+
+def _check_key_start(q, key_start):
+    if key_start is None:
+        return
+    if key_start.shape != (q.shape[0],) or key_start.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"key_start must be ({batch},) int32 or int64, one per sequence; got {tuple(key_start.shape)} "
+            f"key_start must be ({q.shape[0]},) int32 or int64, one per sequence; got {tuple(key_start.shape)} "
             f"{key_start.dtype}. "
             "From a left-padded attention mask take (mask == 0).sum(-1)."
+        )
+    if key_start.device != q.device:
+        raise ValueError(
+            f"key_start must be on the device of q, {q.device}; got {key_start.device}. Move one of them."
         )
 
 

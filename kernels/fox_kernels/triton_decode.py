@@ -40,6 +40,16 @@ UNIT_COST = tl.constexpr(2)  # tiles that take as long as a program's start on a
 SLOTS = 16  # partial results that `combine_kernel` reads at a time
 
 
+def _cdiv(x: int, y: int) -> int:
+    """As `triton.cdiv`, which kernels can call as well and which therefore takes 5 us on the host."""
+    return -(-x // y)
+
+
+def _power_of_2(x: int) -> int:
+    """The least that is not below x; as `triton.next_power_of_2`."""
+    return 1 << (x - 1).bit_length()
+
+
 class DecodeTiles(NamedTuple):
     """`block_r` rows by `block_s` keys, `programs_per_sm` slices for each multiprocessor."""
 
@@ -50,6 +60,7 @@ class DecodeTiles(NamedTuple):
     programs_per_sm: int
 
 
+@lru_cache
 def decode_tiles(head_dim: int, element_size: int, arch: int, num_rows: int) -> DecodeTiles:
     """Tiles by the bytes of one stage: 16 KiB of keys and values, at most as much for the decay of every pair.
 
@@ -58,7 +69,7 @@ def decode_tiles(head_dim: int, element_size: int, arch: int, num_rows: int) -> 
     """
     dim = padded_head_dim(head_dim)
     most = min(32, 4096 // dim) if element_size >= 4 else min(64, 8192 // dim)
-    block_r = max(16, min(most, triton.next_power_of_2(num_rows)))
+    block_r = max(16, min(most, _power_of_2(num_rows)))
     block_s = max(16, min(GATE_BLOCK.value, 16384 // (2 * dim * element_size), 8192 // element_size // block_r))
     return DecodeTiles(block_r, block_s, 4, 3 if arch else 2, 3)
 
@@ -386,7 +397,7 @@ def search_levels(num_blocks: int, probes: int = PROBES) -> int:
     """Levels that `_blocks_dropped` needs for up to this many blocks."""
     levels = 0
     while num_blocks > 0:
-        num_blocks = triton.cdiv(num_blocks, probes) - 1
+        num_blocks = _cdiv(num_blocks, probes) - 1
         levels += 1
     return levels
 
@@ -422,8 +433,8 @@ def plan(
         *((0, 0) if logit_bound is None else logit_bound.stride()), *sums.within.stride()[1:3],
         sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0),
         HAS_FIRST_KEY=first_key is not None, HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None,
-        PRUNED=logit_bound is not None, ON_DEVICE=length is not None, G=groups, BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_T=triton.next_power_of_2(num_queries),
+        PRUNED=logit_bound is not None, ON_DEVICE=length is not None, G=groups, BLOCK_G=_power_of_2(groups),
+        BLOCK_T=_power_of_2(num_queries),
         LEVELS=search_levels(sums.starts.shape[-1]) if logit_bound is not None else 0, PROBES=PROBES,
     )  # fmt: skip
     return first, lowest
@@ -458,12 +469,12 @@ def forward(
     num_kv_heads = k.shape[1]
     groups = num_heads // num_kv_heads
     tiles = tiles or decode_tiles(dim, q.element_size(), architecture(q.device), groups * num_queries)
-    units_per_head = triton.cdiv(groups * num_queries, tiles.block_r)
+    units_per_head = _cdiv(groups * num_queries, tiles.block_r)
     num_units = batch * num_kv_heads * units_per_head
     num_rows = min(tiles.block_r, groups * num_queries)
     num_programs = min(
         _num_programs(q.device, tiles.programs_per_sm),
-        num_units * (triton.cdiv(num_keys, tiles.block_s) + UNIT_COST.value),
+        num_units * (_cdiv(num_keys, tiles.block_s) + UNIT_COST.value),
     )
     out = torch.empty_like(q)
     num_slots = num_programs + num_units
@@ -479,7 +490,7 @@ def forward(
     common = dict(
         HAS_FIRST=has_first, ON_DEVICE=length is not None, G=groups, UNITS_PER_HEAD=units_per_head, D=dim,
         BLOCK_D=padded_head_dim(dim), BLOCK_R=tiles.block_r, BLOCK_S=tiles.block_s,
-        LANES=triton.next_power_of_2(num_units),
+        LANES=_power_of_2(num_units),
     )  # fmt: skip
     length = stats if length is None else length
     forgetting_attention_decode_kernel[(num_programs,)](
