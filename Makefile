@@ -51,6 +51,8 @@ test-gpu:
 
 bench:
 	python3 kernels/benchmarks/bench_forgetting_attention.py
+	python3 kernels/benchmarks/bench_forgetting_attention.py --plot kernels/benchmarks/results.png
+	python3 kernels/benchmarks/bench_decode.py
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

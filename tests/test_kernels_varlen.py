@@ -217,6 +217,31 @@ def test_packed_sequences_compile_into_one_graph():
             torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.gpu
+def test_gpu_a_cuda_graph_replays_other_boundaries():
+    """Nothing of a packed call looks at the boundaries on the host, unless it is asked to check them."""
+    inputs, (cu, _) = packed_inputs([700, 100, 1500], device="cuda", dtype=torch.bfloat16, dim=64)
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def step():
+        out = forgetting_attention_varlen(*inputs, cu, cu.clone(), log_pruning_tolerance=-10.0)
+        return torch.autograd.grad(out.float().square().sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    cu.copy_(torch.tensor([0, 64, 65, 2300]))
+    graph.replay()
+    for x, y in zip([x.clone() for x in captured], step(), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to 2300"):
+        forgetting_attention_varlen(*inputs, cu.clone().fill_(7), check_boundaries=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
