@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto, tokenization_auto
 
+from .aliases_fox import register_aliases
 from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
@@ -33,6 +34,7 @@ from .tokenization_fox import JSONGPT2Tokenizer
 
 # exist_ok: a second import of this package under another name, as in a notebook that reloads it, must not fail.
 AutoConfig.register("fox", FoxConfig, exist_ok=True)
+register_aliases()
 AutoModel.register(FoxConfig, FoxModel, exist_ok=True)
 AutoModelForCausalLM.register(FoxConfig, FoxForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(FoxConfig, FoxForSequenceClassification, exist_ok=True)

@@ -10,10 +10,12 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers import random_tokens, tiny_fox
 from modeling_fox import FoxConfig, FoxForCausalLM, FoxForSequenceClassification, FoxModel
+from modeling_fox.aliases_fox import FlaAlias, OfficialAlias, register_aliases
 from modeling_fox.conversion_fox import FLA, FLA_ALWAYS, OFFICIAL, foreign_config_dict, fox_config_dict
 from modeling_fox.convert import convert, main
 
@@ -319,6 +321,33 @@ def test_every_model_class_loads_a_sharded_official_checkpoint(tmp_path):
         error = hidden @ weights["lm_head.weight"].T - spec_logits(weights, config, tokens)
     assert error.abs().max() <= 1e-4
     assert classifier(tokens).logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind, alias", [(OFFICIAL, OfficialAlias), (FLA, FlaAlias)])
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}], ids=["", "trusted"])
+def test_the_auto_classes_load_theirs_as_ours(tmp_path, monkeypatch, kind, alias, options):
+    """Whatever code their config.json points to is not asked for, trusted or not."""
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, kind, alias)
+    write_checkpoint(tmp_path / "theirs", kind, {"qk_norm": True})
+    assert type(AutoConfig.from_pretrained(tmp_path / "theirs", **options)) is FoxConfig
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", log_pruning_tolerance=-7.0, **options)
+    assert type(model) is FoxForCausalLM and model.config.log_pruning_tolerance == -7.0
+    assert_same_bits(model.state_dict(), FoxForCausalLM.from_pretrained(tmp_path / "theirs").state_dict())
+
+
+def test_a_name_that_its_own_package_has_taken_stays_its_own(tmp_path, monkeypatch):
+    class Theirs(PreTrainedConfig):
+        model_type = FLA
+
+    write_checkpoint(tmp_path / "theirs", FLA, {})
+    # Before us; and after us, when registering theirs replaces ours.
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, FLA, Theirs)
+    register_aliases()
+    assert CONFIG_MAPPING[FLA] is Theirs
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, FLA, FlaAlias)
+    AutoConfig.register(FLA, Theirs, exist_ok=True)
+    assert type(AutoConfig.from_pretrained(tmp_path / "theirs")) is Theirs
+    assert type(FoxForCausalLM.from_pretrained(tmp_path / "theirs").config) is FoxConfig
 
 
 def test_loads_a_state_dict_and_a_config_of_ours(tmp_path):
