@@ -1,5 +1,8 @@
 """What users feed it: any width up to 256, any strides without a copy, more than 2**31 elements."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from fox_kernels import (
     forgetting_attention_decode,
     forgetting_attention_reference,
 )
+from fox_kernels.forgetting_attention import on_device_of
 from helpers import assert_as_accurate_as_torch, attention_inputs, output_and_gradients
 
 NAMES = ("output", "dq", "dk", "dv", "dlog_fgate")
@@ -181,3 +185,33 @@ def test_gpu_a_batch_in_the_middle_of_a_larger_tensor():
     assert torch.equal(forgetting_attention(small[0], small[1], spread.copy_(small[2]), small[3]), expected)
     got = forgetting_attention(spread.copy_(small[0]), *small[1:])
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("of_tensor", "current", "switches"), [("cuda:1", 0, True), ("cuda:0", 0, False)])
+def test_kernels_are_launched_on_the_device_of_the_tensors(of_tensor, current, switches, monkeypatch):
+    """A model that is spread over several GPUs leaves the current device at the first; Triton launches on that."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device)))
+    with on_device_of(SimpleNamespace(device=torch.device(of_tensor))):
+        assert entered == ([torch.device(of_tensor)] if switches else [])
+
+
+@pytest.mark.gpu
+def test_gpu_tensors_of_the_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = attention_inputs(queries=300, dim=64, dtype=torch.bfloat16)
+    on_first, on_second = ([x.to(f"cuda:{i}") for x in inputs] for i in range(2))
+    options = dict(log_pruning_tolerance=-10.0, pruning_rule="tight")
+    grad_out = torch.randn(inputs[0].shape).bfloat16()
+    with torch.cuda.device(0):
+        expected = output_and_gradients(forgetting_attention, on_first, grad_out.to("cuda:0"), **options)
+        got = output_and_gradients(forgetting_attention, on_second, grad_out.to("cuda:1"), **options)
+        forgetting_attention(*on_second, **options, return_stats=True)
+        growing = empty_sums(2, 4, 300, "cuda:1")
+        append_gates(growing, on_second[3], 0)
+        decoded = forgetting_attention_decode(on_second[0][:, :, -1:], *on_second[1:3], growing.sums)
+    for name, x, y in zip(NAMES, got, expected, strict=True):
+        assert_same_numbers(x.cpu().float(), y.cpu().float(), name)
+    torch.testing.assert_close(decoded.cpu(), expected[0][:, :, -1:].cpu(), atol=1e-2, rtol=1e-2)

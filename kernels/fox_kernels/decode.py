@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from ._ops import add_op_namespace_prefix
-from .forgetting_attention import _check_key_start, _check_products, _check_pruning, _check_window, _require_triton
+from .forgetting_attention import (
+    _check_key_start,
+    _check_products,
+    _check_pruning,
+    _check_window,
+    _require_triton,
+    on_device_of,
+)
 from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
 from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
 
@@ -82,13 +89,14 @@ def append_gates(growing: GrowingSums, log_fgate: torch.Tensor, num_keys: int | 
         )
     if log_fgate.shape[-1] == 0:
         return
-    if within.device.type == "cpu":
-        _append_on_cpu(growing, log_fgate, num_keys)
-    elif length is None and num_keys == 0 and log_fgate.shape[-1] > 8 * GATE_BLOCK:
-        _fill_on_gpu(growing, log_fgate)
-    else:
-        _require_triton()
-        triton_decode.append_gates(growing.sums, growing.totals, log_fgate, num_keys, length)
+    with on_device_of(within):
+        if within.device.type == "cpu":
+            _append_on_cpu(growing, log_fgate, num_keys)
+        elif length is None and num_keys == 0 and log_fgate.shape[-1] > 8 * GATE_BLOCK:
+            _fill_on_gpu(growing, log_fgate)
+        else:
+            _require_triton()
+            triton_decode.append_gates(growing.sums, growing.totals, log_fgate, num_keys, length)
 
 
 def _fill_on_gpu(growing: GrowingSums, log_fgate: torch.Tensor) -> None:
@@ -265,10 +273,11 @@ def _decode(
             )
             return _decode_on_cpu(q, k, v, sums, num_keys, first, scale)
     _require_triton()
-    return triton_decode.forward(
-        q, k, v, sums, num_keys, length, scale, first_key, key_start, logit_bound,
-        paper_budget(num_keys, log_tolerance), window,
-    )  # fmt: skip
+    with on_device_of(q):
+        return triton_decode.forward(
+            q, k, v, sums, num_keys, length, scale, first_key, key_start, logit_bound,
+            paper_budget(num_keys, log_tolerance), window,
+        )  # fmt: skip
 
 
 _decode_op = torch.library.custom_op(

@@ -4,6 +4,8 @@ Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim;
     positions.
 """
 
+import contextlib
+
 import torch
 
 from . import blockwise
@@ -107,7 +109,7 @@ def _attend(
     )
     if not return_stats:
         return out
-    with torch.no_grad():
+    with torch.no_grad(), on_device_of(q):
         visible = first_visible_key(log_fgate, key_start, q.shape[2], window, cu_seqlens)
         return out, statistics(
             q, k, GateSums(within, starts), visible, first_key, key_start, scale=scale, rule=pruning_rule,
@@ -211,6 +213,13 @@ def _check_window(window):
         raise ValueError(f"window must be at least 1, the query's own key; got {window}. For no window pass None.")
 
 
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be that of a model that is spread over several."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
 def _require_triton():
     if triton_forward is None:
         raise ImportError(
@@ -236,9 +245,9 @@ def _forgetting_attention(
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
-    sums, first_key = prepare(log_fgate, key_start, q.shape[2], window, cu_seqlens)
     # Autocast reaches into a custom op and would round the scores.
-    with torch.autocast(q.device.type, enabled=False):
+    with on_device_of(q), torch.autocast(q.device.type, enabled=False):
+        sums, first_key = prepare(log_fgate, key_start, q.shape[2], window, cu_seqlens)
         if log_tolerance is not None:
             first_key = prune(
                 q, k, sums, first_key, key_start, scale=scale, rule=rule, log_tolerance=log_tolerance,
@@ -285,11 +294,12 @@ def _forgetting_attention_backward(
     sums = GateSums(within, starts)
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    if q.device.type == "cpu":
-        dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
-    else:
-        dq, dk, dv, column_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
-    return dq, dk, dv, gate_gradient(column_sum, log_fgate, cu_seqlens)
+    with on_device_of(q):
+        if q.device.type == "cpu":
+            dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
+        else:
+            dq, dk, dv, column_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
+        return dq, dk, dv, gate_gradient(column_sum, log_fgate, cu_seqlens)
 
 
 @_forgetting_attention_backward.register_fake

@@ -162,8 +162,8 @@ def gate_gradient_kernel(
 
 def _chunks(num_keys: int) -> tuple[int, int]:
     """Number of chunks, and the power of two that holds them."""
-    num_chunks = triton.cdiv(num_keys, CHUNK)
-    return num_chunks, triton.next_power_of_2(num_chunks)
+    num_chunks = -(-num_keys // CHUNK)
+    return num_chunks, 1 << (num_chunks - 1).bit_length()
 
 
 def _boundaries(cu_seqlens: torch.Tensor | None) -> tuple[int, int]:
@@ -182,7 +182,7 @@ def prepare(
     """Return `within (2, B, H, S)`, `starts (2, B, H, N)`, both float32 bits, and `first_key (B, H, T)` int32."""
     batch, num_heads, num_keys = log_fgate.shape
     rows = (batch, num_heads)
-    num_blocks = triton.cdiv(num_keys, GATE_BLOCK.value)
+    num_blocks = -(-num_keys // GATE_BLOCK.value)
     within = torch.empty(2, *rows, num_keys, dtype=torch.float32, device=log_fgate.device)
     starts = torch.empty(2, *rows, num_blocks, dtype=torch.float32, device=log_fgate.device)
     first_key = torch.empty(*rows, num_queries, dtype=torch.int32, device=log_fgate.device)
