@@ -11,7 +11,7 @@ from fox_kernels import (
     forgetting_attention_reference,
     forgetting_attention_varlen,
 )
-from fox_kernels.gates import first_visible_key, gate_sums
+from fox_kernels.gates import GateSums, first_visible_key, gate_sums
 from fox_kernels.pruning import prune
 from helpers import DEVICES, assert_as_accurate_as_torch, attention_inputs, output_and_gradients
 
@@ -70,6 +70,30 @@ def test_packed_sequences_are_those_of_one_call_each(lengths_q, lengths_k, shape
         assert got[0].stride() == inputs[0].stride()
         for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
             assert_as_accurate_as_torch(x, y, z, name=f"{name} with {options}")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_triton_kernels_see_only_their_own_sequence(device, poisoned_memory):
+    """Several sequences in a tile, one over several tiles; small tiles, so that a short sequence has all kinds."""
+    triton_forward = pytest.importorskip("fox_kernels.triton_forward", reason="Triton has wheels for Linux only")
+    from fox_kernels import triton_backward, triton_gates
+    from fox_kernels.tile_sizes import TileSizes
+
+    tiles = TileSizes(32, 16, 4, 2), TileSizes(16, 32, 4, 2)
+    inputs, boundaries = packed_inputs([5, 1, 0, 70, 34], heads=2, kv_heads=1, dim=16)
+    grad_out = torch.randn(inputs[0].shape)
+    alone = one_by_one(forgetting_attention_reference, boundaries, window=40)
+    exact = output_and_gradients(alone, [x.double() for x in inputs], grad_out.double())
+    same = output_and_gradients(alone, inputs, grad_out)
+    q, k, v, log_fgate, grad_out = (x.to(device).transpose(0, 1)[None] for x in (*inputs, grad_out))
+    cu = boundaries[0].to(device)
+    within, starts, first = triton_gates.prepare(log_fgate, None, q.shape[2], 40, cu)
+    sums, scale = GateSums(within, starts), q.shape[-1] ** -0.5
+    out, lse = triton_forward.forward(q, k, v, sums, first, scale, tiles[0])
+    *grads, columns = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first, scale, *tiles)
+    got = [out, *grads, triton_gates.gate_gradient(columns, log_fgate, cu)]
+    for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
+        assert_as_accurate_as_torch(x[0].transpose(0, 1).cpu(), y, z, name=name)
 
 
 @pytest.mark.parametrize("device", ON)
@@ -237,7 +261,7 @@ def test_gpu_a_cuda_graph_replays_other_boundaries():
     cu.copy_(torch.tensor([0, 64, 65, 2300]))
     graph.replay()
     for x, y in zip([x.clone() for x in captured], step(), strict=True):
-        assert torch.equal(x, y)
+        assert float((x - y).abs().max()) <= 1e-2 * float(y.abs().max())
     with pytest.raises(ValueError, match="cu_seqlens_q must go from 0 to 2300"):
         forgetting_attention_varlen(*inputs, cu.clone().fill_(7), check_boundaries=True)
 
