@@ -6,6 +6,7 @@ and what they compute is written down below from the equations of the papers, wi
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers import random_tokens, tiny_fox
-from modeling_fox import FoxConfig, FoxForCausalLM, FoxForSequenceClassification, FoxModel
+from modeling_fox import FoxConfig, FoxForCausalLM, FoxForSequenceClassification, FoxModel, compare
 from modeling_fox.aliases_fox import FlaAlias, OfficialAlias, register_aliases
 from modeling_fox.conversion_fox import FLA, FLA_ALWAYS, OFFICIAL, foreign_config_dict, fox_config_dict
 from modeling_fox.convert import convert, main
@@ -478,3 +479,12 @@ def test_convert_takes_the_tokenizer_along(tmp_path):
     main([str(tmp_path / "theirs"), str(tmp_path / "ours")])
     text = "a\nb"
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text) == byte_tokenizer()(text)
+
+
+def test_the_comparison_says_how_to_get_what_it_compares_with(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "forgetting_transformer", None)
+    with pytest.raises(SystemExit):
+        compare.main(["official"])
+    said = capsys.readouterr().err
+    assert "forgetting_transformer.model.forgetting_transformer cannot be imported" in said
+    assert "pip install" in said and "zhixuan-lin/forgetting-transformer" in said

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers import random_tokens
-from modeling_fox import FoxForCausalLM
+from modeling_fox import FoxForCausalLM, compare, conversion_fox
 from modeling_fox.aliases_fox import FlaAlias
 from modeling_fox.conversion_fox import FLA
 from modeling_fox.convert import convert
@@ -85,6 +85,18 @@ def test_converted_and_back_it_loads_into_their_class_with_every_bit(their_model
     before["num_kv_heads"] = before["num_kv_heads"] or before["num_heads"]
     changed = {field for field in after if field in before and after[field] != before[field]}
     assert changed <= {"transformers_version"}
+
+
+def test_the_comparison_tells_agreement_from_difference(their_model, tmp_path, monkeypatch, capsys):
+    """On a CPU and with the references above; on a GPU it compares with their kernels."""
+    small = {"device": "cpu", "dtype": torch.bfloat16, "num_tokens": 40}
+    theirs, folder = their_model("all")
+    assert compare.compare(theirs, folder, **small).agrees
+    arguments = ["fla", str(folder), "--device", "cpu", "--tokens", "40"]
+    assert compare.main(arguments) == 0 and capsys.readouterr().out.count(" agrees") == 1
+    # Another eps in the norms, as a wrong conversion would give.
+    monkeypatch.setattr(conversion_fox, "QK_NORM_EPS", 1.0)
+    assert compare.main(arguments) == 1 and "DIFFERS" in capsys.readouterr().out
 
 
 def test_once_their_package_is_imported_the_auto_classes_give_its_model(their_model, monkeypatch):
