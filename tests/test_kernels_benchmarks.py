@@ -63,3 +63,19 @@ def test_shapes_are_read_or_refused(benchmark):
     for wrong in (["1,2,3"], ["1,2,3,0"], ["a,b,c,d"]):
         with pytest.raises(SystemExit, match="--shapes must be B,H,T,D, 4 whole numbers each"):
             common.parsed_shapes(wrong, "B,H,T,D")
+
+
+def test_a_plot_shows_the_newest_commit(benchmark, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    bench = benchmark("bench_forgetting_attention")
+    rows = [
+        dict.fromkeys(bench.COLUMNS, 1)
+        | {"op": op, "pass": kind, "p50_ms": 2.0, "p80_ms": 3.0, "commit": commit, "gpu": "H100"}
+        for commit in ("old", "new")
+        for op in ("sdpa-cudnn", "fox")
+        for kind in ("forward", "forward+backward")
+    ]
+    bench.append_rows(tmp_path / "rows.csv", bench.COLUMNS, rows)
+    bench.plot(tmp_path / "rows.csv", tmp_path / "rows.png")
+    assert "4 times drawn" in capsys.readouterr().out
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

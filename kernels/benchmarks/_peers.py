@@ -93,6 +93,6 @@ def contenders(q, k, v, log_fgate):
     for name, make in peers.items():
         try:
             found[name] = (make(), every)
-        except ImportError as error:
-            print(f"{name}: not measured, {error}", flush=True)
+        except Exception as error:  # not installed, or made for other versions: either way it is said
+            print(f"{name}: not measured, {type(error).__name__}: {error}", flush=True)
     return found, rules

@@ -42,7 +42,8 @@ def forgetting_attention(
     `o_i = sum_j softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l) v_j` for `j <= i`: with every gate open
     (`log_fgate == 0`) this is ordinary causal attention. Differentiable in `q`, `k`, `v` and `log_fgate`; the T x S
     matrix is never stored. CUDA tensors run Triton kernels, CPU tensors blockwise PyTorch. Under autocast `q`, `k`,
-    `v` take its dtype, the gates stay float32. Sources: "Forgetting Transformer", arXiv:2503.02130; pruning:
+    `v` take its dtype, the gates stay float32. Sequences packed into one: `forgetting_attention_varlen`; few queries
+    against a cache: `forgetting_attention_decode`. Sources: "Forgetting Transformer", arXiv:2503.02130; pruning:
     arXiv:2504.06949.
 
     Args:
