@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import what_works
 
 from helpers import tiny_fox
 
@@ -53,3 +54,8 @@ def test_modules_of_the_readme_run(module):
 )
 def test_paths_of_the_readme_exist(path):
     assert (ROOT / path.replace("NAME.yaml", "demo.yaml")).exists()
+
+
+def test_what_works_is_what_the_tests_show():
+    """Else: `python tests/what_works.py --write`."""
+    assert what_works.with_table(README) == README

@@ -1,0 +1,203 @@
+"""The table "What works" of the README, from the tests that show it.
+
+    python tests/what_works.py            print it
+    python tests/what_works.py --write    put it into the README
+
+A row names tests; where they run is read from their marks. `test_docs.py` fails if one of them is gone, or if the
+README has another table.
+"""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+README = TESTS.parent / "README.md"
+BEGIN, END = "<!-- written by tests/what_works.py -->\n", "<!-- end -->\n"
+# Mark -> what runs a test that has it.
+RUN_BY = {"gpu": "`make test-gpu`", "tasks": "`make test-tasks`"}
+# Area -> what works -> the file behind `test_` and in it the tests, also behind `test_`, that show it.
+ROWS = {
+    "caches": {
+        "dynamic": ("modeling_cache", ["decoding_equals_the_parallel_forward"]),
+        "static, decoding compiled without a graph break or recompilation": (
+            "modeling_generation",
+            ["sixty_four_compiled_steps_on_a_static_cache_are_one_graph", "a_static_cache_of_the_user_is_used_twice"],
+        ),
+        "reorder, repeat, select, crop, reset": (
+            "modeling_cache",
+            [
+                "reordered_beams_go_on_from_the_beam_they_were_copied_from",
+                "repeated_and_selected_sequences_keep_all_their_state",
+                "cropped_cache_goes_on_from_what_is_left",
+                "a_reset_cache_is_as_good_as_new",
+            ],
+        ),
+        "several turns from one cache, padded ones too": (
+            "modeling_cache",
+            ["a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding"],
+        ),
+        "refused: quantized cache": ("modeling_generation", ["quantized_cache_is_refused"]),
+    },
+    "generation": {
+        "greedy, padded batches, chunked prefill, without cache": (
+            "modeling_generation",
+            ["greedy_search_of_a_padded_batch_is_that_of_each_prompt"],
+        ),
+        "beams, sampling": (
+            "modeling_generation",
+            ["beam_search_with_a_cache_is_that_without", "sampling_with_a_cache_is_that_without"],
+        ),
+        "prompt lookup, assistant model": (
+            "modeling_generation",
+            ["prompt_lookup_gives_the_greedy_text", "assisted_decoding_gives_the_greedy_text"],
+        ),
+        "the same on a GPU": ("modeling_gpu", ["generates_what_eager_generates_from_left_padded_prompts"]),
+    },
+    "inputs": {
+        "padding on either side": ("modeling_backends", ["padding_anywhere_changes_nothing"]),
+        "packed documents": ("modeling_backends", ["a_packed_document_is_as_if_alone"]),
+        "`logits_to_keep`": ("modeling_backends", ["only_the_logits_asked_for_are_computed"]),
+        "refused: attention implementations without gates": (
+            "modeling_backends",
+            ["a_backend_that_would_drop_the_gates_is_refused"],
+        ),
+    },
+    "training": {
+        "Trainer: language model, padded and packed, label smoothing": (
+            "tasks_trainer",
+            [
+                "sentences_are_learned_by_heart_saved_and_told_by_a_pipeline",
+                "documents_in_one_row_have_the_loss_of_padded_ones",
+                "label_smoothing_is_of_the_next_token",
+            ],
+        ),
+        "Trainer: classes of sequences and tokens, question answering": (
+            "tasks_trainer",
+            ["classes_are_learned_from_padded_texts", "answers_are_found_in_padded_texts"],
+        ),
+        "TRL: SFT (padded, packed, LoRA), DPO, GRPO": (
+            "tasks_trl",
+            ["sft_teaches_the_answers", "dpo_prefers_what_was_chosen", "grpo_finds_the_letters_that_pay"],
+        ),
+        "PEFT: LoRA on every projection, saved, loaded, merged": (
+            "modeling_peft",
+            ["every_projection_gets_an_adapter_and_learns", "transformers_itself_loads_the_adapter"],
+        ),
+        "LoRA on 4 bits": ("tasks_quantized", ["adapters_on_four_bits_learn"]),
+        "gradient checkpointing": ("modeling_backends", ["gradient_checkpointing_changes_nothing"]),
+        "refused: prefix tuning": ("modeling_peft", ["prefix_tuning_is_refused"]),
+    },
+    "pipelines, evaluation": {
+        "`text-generation`": ("tasks_trainer", ["sentences_are_learned_by_heart_saved_and_told_by_a_pipeline"]),
+        "`text-classification`, `token-classification`": ("modeling_heads", ["pipelines_take_the_heads"]),
+        "lm-eval, model `hf`, a local task": (
+            "tasks_lm_eval",
+            ["it_scores_what_the_model_says_and_training_raises_the_score"],
+        ),
+    },
+    "loading": {
+        "sharded safetensors": ("modeling_registration", ["a_sharded_checkpoint_loads_to_the_same_weights"]),
+        "`device_map`, layers on disk": (
+            "modeling_placement",
+            ["device_map_gives_the_same_model", "a_layer_on_disk_computes_and_generates_as_in_memory"],
+        ),
+        "torchao int8, bitsandbytes int8 and nf4; gates stay exact": (
+            "tasks_quantized",
+            [
+                "it_computes_with_the_rounded_weights_and_the_exact_gates",
+                "saved_it_loads_without_being_told",
+            ],
+        ),
+        "tensor and pipeline parallelism": (
+            "tasks_plans",
+            ["two_processes_compute_and_generate_what_one_does"],
+        ),
+        "`torch.export`": ("modeling_placement", ["exported_it_computes_the_same"]),
+    },
+    "the Hub": {
+        "with the code: loads without this package": (
+            "modeling_hub",
+            ["a_folder_with_the_code_loads_where_only_torch_and_transformers_are"],
+        ),
+        "without: no remote code is ever run": (
+            "modeling_hub",
+            ["without_the_code_nothing_points_to_any", "with_the_package_code_in_the_folder_is_never_run"],
+        ),
+        "refused: pickled weights": ("modeling_hub", ["pickled_weights_are_refused"]),
+    },
+    "checkpoints of others": {
+        "official: load, convert, back, every bit": (
+            "modeling_conversion",
+            ["official_to_ours_and_back_keeps_every_bit", "ours_to_theirs_and_back_keeps_every_bit"],
+        ),
+        "flash-linear-attention: the same": ("modeling_conversion", ["fla_to_ours_and_back_keeps_every_bit"]),
+        "against flash-linear-attention's own model": (
+            "tasks_fla",
+            [
+                "ours_computes_what_theirs_computes",
+                "converted_and_back_it_loads_into_their_class_with_every_bit",
+            ],
+        ),
+        "by the Auto classes": (
+            "modeling_conversion",
+            [
+                "the_auto_classes_load_theirs_as_ours",
+                "a_name_that_its_own_package_has_taken_stays_its_own",
+            ],
+        ),
+        "`--add-gates`: the source's logits, and gates that learn": (
+            "modeling_adoption",
+            ["converted_it_has_the_logits_of_the_source", "fine_tuned_its_gates_close_where_that_helps"],
+        ),
+    },
+}
+
+
+@cache
+def marks_of(file: str) -> dict[str, set[str]]:
+    """Tests of a file, without `test_` -> marks of theirs or of the file that are in RUN_BY."""
+    tree = ast.parse((TESTS / f"test_{file}.py").read_text(encoding="utf-8"))
+    of_file, marks = set(), {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "pytestmark":
+            of_file = marks_in(node.value)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            own = set().union(*map(marks_in, node.decorator_list))
+            marks[node.name.removeprefix("test_")] = of_file | own
+    return marks
+
+
+def marks_in(node: ast.AST) -> set[str]:
+    return {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)} & set(RUN_BY)
+
+
+def table() -> str:
+    """The table in Markdown.
+
+    Raises:
+        KeyError: If a row names a test that does not exist.
+    """
+    lines = ["| | works | shown by | run by |", "| --- | --- | --- | --- |"]
+    for area, rows in ROWS.items():
+        for what, (file, tests) in rows.items():
+            marks = set().union(*(marks_of(file)[name] for name in tests))
+            run_by = " ".join(RUN_BY[mark] for mark in sorted(marks)) or "`make test`"
+            lines.append(f"| {area} | {what} | [test_{file}](tests/test_{file}.py) | {run_by} |")
+            area = ""
+    return "\n".join(lines) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """`readme` with the table as it is now between the two comments."""
+    before, rest = readme.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table(), end="")
