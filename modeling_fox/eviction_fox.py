@@ -14,6 +14,8 @@ norms (QK-norm) and no way back, so `crop` is refused, and it does not hold afte
 Letters:  B batch, H query heads, S cached tokens.
 """
 
+import copy
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -157,6 +159,13 @@ class FoxEvictingCache(Cache):
         heads = config.num_attention_heads
         # The bound has a margin for rounding the scores; 1e-3 is one for the fp32 sums over gates.
         self._largest_mass = [log_tolerance - 1e-3 - 2 * module.logit_bound(heads, dtype) for module in attention]
+
+    def __deepcopy__(self, memo):
+        # A copy of the cached tokens, for a look ahead; the model is the same.
+        memo |= {id(module): module for module in self._attention}
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def weight_version(self) -> int:
         """Changes whenever an optimizer, or anything else that works in place, touches a weight of the layers."""

@@ -1,5 +1,6 @@
 """Eviction: bounded memory, the same outputs, and a bound on the lost attention that is never passed."""
 
+import copy
 import math
 
 import pytest
@@ -147,6 +148,20 @@ def test_sequences_can_be_selected_and_repeated():
     expected = model(tokens[[2, 0]], use_cache=False).last_hidden_state[:, -1:]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     assert cache.layers[0].evicted_mass.shape[0] == 2
+
+
+@torch.no_grad()
+def test_a_copy_looks_ahead_without_touching_the_original_or_the_model():
+    model, tokens = forgetful_model(), random_tokens(1, 9)
+    cache = FoxEvictingCache(model)
+    for t in range(8):
+        step(model, tokens[:, t : t + 1], cache)
+    copied = copy.deepcopy(cache)
+    ahead = step(model, tokens[:, 8:], copied)
+    copied.check_weights()
+    assert (cache.get_seq_length(), copied.get_seq_length()) == (8, 9)
+    assert copied._attention[0] is model.layers[0].self_attn
+    torch.testing.assert_close(step(model, tokens[:, 8:], cache), ahead)
 
 
 def test_weights_that_changed_are_noticed():

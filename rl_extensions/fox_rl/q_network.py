@@ -1,0 +1,71 @@
+"""Action values: encoder, trunk and head in one module that is saved, loaded and pushed to the Hub by itself."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .networks import ImpalaEncoder, MultiSkipMLP, NatureEncoder, TokenReadout, head
+
+
+class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers", tags=["reinforcement-learning"]):
+    """Observation to the values of A actions (of every atom of them, with `num_atoms`).
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `huggingface_hub`: config.json and safetensors.
+
+    Args:
+        observation_size: Numbers of a vector, or channels of 84 x 84 pixels.
+        num_actions: A.
+        pixels: Whether observations are images.
+        width, blocks, skip: Of `MultiSkipMLP`.
+        encoder, encoder_width, readout: Of pixels; see `networks`.
+        num_atoms: 1 for values, 51 for the distribution of C51.
+    """
+
+    def __init__(
+        self, observation_size: int, num_actions: int, *, pixels: bool = False, width: int = 128, blocks: int = 1,
+        skip: str = "multi", encoder: str = "impala", encoder_width: int = 1, readout: str = "gap", num_atoms: int = 1,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_actions, self.num_atoms = num_actions, num_atoms
+        self.encoder = self.readout = None
+        size = observation_size
+        if pixels:
+            if encoder not in ("impala", "nature"):
+                raise ValueError(f"encoder must be impala or nature; got {encoder!r}.")
+            encoder_class, side = (ImpalaEncoder, 11) if encoder == "impala" else (NatureEncoder, 7)
+            self.encoder = encoder_class(observation_size, encoder_width)
+            shape = (self.encoder.out_channels, side, side)
+            self.readout = TokenReadout(shape, None if readout == "soft_moe" else 512, readout)
+            size = self.readout.out_dim
+        self.trunk = MultiSkipMLP(size, width, width, blocks, skip=skip)
+        self.activation = nn.ReLU()
+        self.head = head(width, num_actions * num_atoms)
+
+    @classmethod
+    def for_spaces(cls, observation: gym.Space, action: gym.Space, **options) -> QNetwork:
+        """The network that fits an environment.
+
+        Raises:
+            ValueError: For spaces it has no form for.
+        """
+        if not isinstance(action, gym.spaces.Discrete):
+            raise ValueError(
+                f"env_id must have discrete actions; got {action}. For continuous ones see fox_rl.agents.td3."
+            )
+        if not isinstance(observation, gym.spaces.Box) or len(observation.shape) not in (1, 3):
+            raise ValueError(f"env_id must have vector or pixel observations; got {observation}.")
+        pixels = len(observation.shape) == 3
+        return cls(int(observation.shape[0]), int(action.n), pixels=pixels, **options)
+
+    def features(self, observation: Tensor) -> Tensor:
+        """What the head reads, `(B, width)`."""
+        x = observation.float() if self.encoder is None else F.relu(self.readout(self.encoder(observation)))
+        return self.activation(self.trunk(x))
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """`(B, A)` values, or `(B, A, num_atoms)` logits."""
+        out = self.head(self.features(observation))
+        return out if self.num_atoms == 1 else out.view(len(out), self.num_actions, self.num_atoms)

@@ -1,0 +1,197 @@
+"""Agents: they learn, they go on exactly where they stopped, and what they save loads."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel
+
+from fox_rl.agents import common, pqn
+from fox_rl.q_network import QNetwork
+
+gym = pytest.importorskip("gymnasium")
+learning = pytest.mark.skipif(not os.environ.get("FOX_LEARNING"), reason="minutes long: FOX_LEARNING=1")
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def pqn_options(folder="", **changes):
+    sizes = dict(num_envs=8, window=16, total_steps=8 * 16 * 6, minibatches=4, width=16, checkpoint_every=2)
+    return pqn.Options(**{**sizes, "output_dir": str(folder), **changes})
+
+
+def ppo_options(folder="", **changes):
+    from fox_rl.agents import ppo_fox
+
+    sizes = dict(
+        num_envs=4, window=16, total_steps=4 * 16 * 4, minibatches=2, hidden_size=16, num_layers=1, num_heads=2,
+        checkpoint_every=2, epochs=2,
+    )  # fmt: skip
+    return ppo_fox.Options(**{**sizes, "output_dir": str(folder), **changes})
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, sparsity):
+    whole = pqn.train(pqn_options(tmp_path / "whole", final_sparsity=sparsity), quiet=True)
+    options = pqn_options(tmp_path / "parts", final_sparsity=sparsity)
+    saved, number = common.save_checkpoint, []
+
+    def stop_after_the_second(*args, **kwargs):
+        saved(*args, **kwargs)
+        number.append(1)
+        if len(number) == 2:
+            raise KeyboardInterrupt
+
+    common.save_checkpoint = stop_after_the_second
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pqn.train(options, quiet=True)
+    finally:
+        common.save_checkpoint = saved
+    parts = pqn.train(options, quiet=True)
+    assert parts.update == whole.update == 6
+    assert same(weights(whole.network), weights(parts.network))
+    assert whole.meter.returns == parts.meter.returns
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+    if sparsity:
+        assert parts.pruner.sparsity() == pytest.approx(sparsity, abs=0.01)
+        masked = [parts.network.get_parameter(n)[~keep] for n, keep in parts.pruner.masks.items()]
+        assert all(torch.all(w == 0) for w in masked)
+
+
+def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path):
+    from fox_rl.agents import ppo_fox
+
+    env = dict(env_id="CartPole-v1", context_steps=8)
+    whole = ppo_fox.train(ppo_options(tmp_path / "whole", **env), quiet=True)
+    ppo_fox.train(ppo_options(tmp_path / "parts", **{**env, "total_steps": 4 * 16 * 2}), quiet=True)
+    parts = ppo_fox.train(ppo_options(tmp_path / "parts", **env), quiet=True)
+    assert same(weights(whole.policy), weights(parts.policy))
+    assert whole.meter.returns == parts.meter.returns
+
+
+def test_what_ppo_saves_loads_and_its_card_says_how_good_it_is(tmp_path):
+    from fox_rl.agents import ppo_fox
+
+    agent = ppo_fox.train(ppo_options(tmp_path, eval_episodes=3), quiet=True)
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    assert same(weights(agent.policy), weights(loaded))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    returns = ppo_fox.evaluate(loaded, "fox_rl/RepeatFirst-v0", 3)
+    assert f"| fox_rl/RepeatFirst-v0 | 3 | {np.mean(returns):.2f} |" in card
+    assert "--num-envs 4" in card and "library_name: transformers" in card
+
+
+def test_the_ratio_of_the_first_update_is_one_also_with_context_and_resets():
+    """What was sampled step by step has the same probability when the window is read in parallel."""
+    from accelerate import Accelerator
+
+    from fox_rl.agents import ppo_fox
+
+    agent = ppo_fox.Agent(ppo_options(env_id="CartPole-v1", context_steps=20), Accelerator())
+    for _ in range(3):
+        rollout = ppo_fox.collect(agent)
+    assert rollout.observation.shape[:2] == (4, 36) and bool(rollout.is_init[:, 1:].any())
+    with torch.no_grad():
+        outputs = agent.policy(rollout.observation, rollout.is_init)
+        outputs.logits = outputs.logits[:, -16:]
+        log_prob = outputs.distribution().log_prob(rollout.action)
+    # The first steps of the window have lost what lies before the context, in acting as in learning.
+    torch.testing.assert_close(log_prob, rollout.log_prob, rtol=0, atol=1e-4)
+
+
+def test_ppo_bootstraps_through_a_truncation_and_not_through_a_termination():
+    from accelerate import Accelerator
+
+    from fox_rl.agents import ppo_fox
+
+    class OneStep(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+        action_space = gym.spaces.Discrete(2)
+
+        def __init__(self, truncates=False):
+            self.truncates = truncates
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            return np.ones(1, np.float32), 2.0, not self.truncates, self.truncates, {}
+
+    gym.register("test/OneStep-v0", entry_point=OneStep)
+    targets = {}
+    for truncates in (False, True):
+        options = ppo_options(env_id="test/OneStep-v0", gae_decay=0.0, window=4, discount=0.5)
+        original = common.make_environments
+        common.make_environments = lambda *a, **k: original(*a, truncates=truncates, **k)  # noqa: B023
+        try:
+            agent = ppo_fox.Agent(options, Accelerator())
+        finally:
+            common.make_environments = original
+        agent.policy.value_head.bias.data.fill_(10.0)
+        targets[truncates] = ppo_fox.collect(agent).target
+    torch.testing.assert_close(targets[False], torch.full((4, 4), 2.0))
+    assert targets[True].min() > 5.5  # 2 + 0.5 * about 10
+
+
+def test_what_pqn_saves_loads(tmp_path):
+    agent = pqn.train(pqn_options(tmp_path, eval_episodes=2), quiet=True)
+    assert same(weights(agent.network), weights(QNetwork.from_pretrained(tmp_path / "model")))
+    last = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert 0 <= last["dormant"] <= 1 and last["feature_rank"] >= 1 and last["grad_first"] > 0
+    returns = pqn.evaluate(agent.network, "CartPole-v1", 2)
+    assert f"| CartPole-v1 | 2 | {np.mean(returns):.2f} |" in (tmp_path / "model" / "README.md").read_text()
+
+
+@learning
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_with_memory_solves_repeat_first_within_133k_steps(seed):
+    from fox_rl.agents import ppo_fox
+
+    agent = ppo_fox.train(ppo_fox.Options(seed=seed), quiet=True)
+    assert np.mean(ppo_fox.evaluate(agent.policy, "fox_rl/RepeatFirst-v0", 100)) >= 0.95
+
+
+@learning
+def test_pqn_learns_to_balance():
+    agent = pqn.train(pqn.Options(total_steps=30_720), quiet=True)
+    assert agent.meter.mean > 60  # a random policy lasts 22 steps
+
+
+def test_pixels_and_atoms_have_their_shapes():
+    pixels, action = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(6)
+    for readout in ("gap", "soft_moe"):
+        network = QNetwork.for_spaces(pixels, action, encoder="nature", readout=readout, num_atoms=51)
+        assert network(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape == (2, 6, 51)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pqn.train(pqn_options(num_envs=0), quiet=True), "num_envs must be at least 1; got 0"),
+        (lambda: pqn.train(pqn_options(optimizer="sgd"), quiet=True), "optimizer must be adamw, radam or kron"),
+        (lambda: pqn.train(pqn_options(env_id="Pendulum-v1"), quiet=True), "env_id must have discrete actions"),
+    ],
+)
+def test_says_what_is_wrong(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit):
+        pqn.main(["--help"])
+    out = capsys.readouterr().out
+    assert (
+        "accelerate launch -m fox_rl.agents.pqn" in out and "--final-sparsity" in out and "(default: 'radam')" in out
+    )
