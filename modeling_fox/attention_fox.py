@@ -23,6 +23,8 @@ Every backend takes `(module, query, key, value, attention_mask, scaling, log_fg
 `(B, T, H, D)` and the attention weights or None.
 """
 
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
@@ -36,19 +38,26 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 
+from .cache_fox import use_operator
+
 try:
     from fox_kernels import forgetting_attention
     from fox_kernels.decode import MAX_DECODE_QUERIES, forgetting_attention_decode
 except ImportError:
     forgetting_attention = None
+INSTALLED = forgetting_attention is not None
+hub_kernel: str | None = None  # the repository that the operator was loaded from
 
 FOX_BACKENDS = ("eager", "sdpa", "flex_attention", "fox_acp")
 """Values of `attn_implementation` that carry the forget gates. Any other would drop them without a word."""
 
 KERNELS_MISSING = (
     "`attn_implementation='fox_acp'` needs the package fox_kernels, which is not installed. Run "
-    "`pip install 'fox-transformers[kernels]'`, or use 'sdpa', which computes the same without pruning."
+    "`pip install 'fox-transformers[kernels]'`, name a kernel of the Hub that was made from it, as in "
+    "`attn_implementation='someone/fox-kernels'`, or use 'sdpa', which computes the same without pruning."
 )
+# Version of the interface of fox_kernels as a kernel of the Hub, see `kernels/build_hub_kernel.py`.
+HUB_KERNEL_VERSION = 1
 
 # Decoding: up to this many keys one token takes a plain row of scores and prunes nothing. A step of two layers of 12
 # heads on one CPU core takes 14 ms so and 25 ms from the running sums at 1024 keys, 34 and 27 ms at 4096, 61 and 40 ms
@@ -86,13 +95,24 @@ def default_attn_implementation() -> str:
     return "fox_acp" if forgetting_attention is not None and torch.cuda.is_available() else "sdpa"
 
 
-def check_attn_implementation(name: str | None) -> None:
+def check_attn_implementation(name: str | None, allow_all_kernels: bool = False) -> str | None:
     """Refuse a backend that cannot carry the gates or is not installed; `None`, the default, is always fine.
 
+    Args:
+        name: One of `FOX_BACKENDS`, or, where fox_kernels is not installed, the repository of a kernel on the Hub
+            made from it, `"someone/fox-kernels"`, with `@` and a revision if need be: then that is `fox_acp`.
+        allow_all_kernels: Whether its code may be run.
+
+    Returns:
+        The name of the backend.
+
     Raises:
-        ValueError: If `name` is not in `FOX_BACKENDS`.
-        ImportError: If it is `"fox_acp"` and fox_kernels is missing.
+        ValueError: If `name` is none of these, or a kernel that may not be run.
+        ImportError: If it is `"fox_acp"` and fox_kernels is missing, or a kernel and `kernels` is missing.
     """
+    if name is not None and name.count("/") == 1 and hub_kernel in (name, None) and not INSTALLED:
+        load_hub_kernel(name, allow_all_kernels)
+        return "fox_acp"
     if name is not None and name not in FOX_BACKENDS:
         raise ValueError(
             f'Specified `attn_implementation="{name}"` is not supported: it must be one of {FOX_BACKENDS}, as others '
@@ -100,6 +120,31 @@ def check_attn_implementation(name: str | None) -> None:
         )
     if name == "fox_acp" and forgetting_attention is None:
         raise ImportError(KERNELS_MISSING)
+    return name
+
+
+def load_hub_kernel(name: str, allow_all_kernels: bool) -> None:
+    """Take the operator from a kernel of the Hub, by the package `kernels`; a process has one of them."""
+    global MAX_DECODE_QUERIES, forgetting_attention, forgetting_attention_decode, hub_kernel
+    if hub_kernel == name:
+        return
+    if not allow_all_kernels:
+        raise ValueError(
+            f'`attn_implementation="{name}"` runs code of that repository. If you trust it, pass '
+            "`allow_all_kernels=True` too; `pip install 'fox-transformers[kernels]'` needs no code of the Hub."
+        )
+    try:
+        from kernels import get_kernel
+    except ImportError as error:
+        raise ImportError(f'`attn_implementation="{name}"` needs `pip install kernels`.') from error
+
+    repository, _, revision = name.partition("@")
+    wanted = {"revision": revision} if revision else {"version": HUB_KERNEL_VERSION}
+    kernel = get_kernel(repository, trust_remote_code=True, **wanted)
+    decode, gates = (import_module(f"{kernel.__name__}.{part}") for part in ("decode", "gates"))
+    use_operator(decode, gates)
+    hub_kernel, forgetting_attention = name, kernel.forgetting_attention
+    forgetting_attention_decode, MAX_DECODE_QUERIES = decode.forgetting_attention_decode, decode.MAX_DECODE_QUERIES
 
 
 def repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -25,6 +25,13 @@ except ImportError:
 LOWEST_GATE = -9000.0
 
 
+def use_operator(decode, gates) -> None:
+    """Take the running sums from these modules: those of a kernel of the Hub, in place of fox_kernels."""
+    global GateSums, GrowingSums, append_gates, empty_sums
+    GrowingSums, append_gates, empty_sums = decode.GrowingSums, decode.append_gates, decode.empty_sums
+    GateSums = gates.GateSums
+
+
 def append_to_sums(
     within: torch.Tensor,
     starts: torch.Tensor,

@@ -383,10 +383,12 @@ class FoxPreTrainedModel(SavesCode, LoadsOtherCheckpoints, PreTrainedModel):
             requested_attention = default_attn_implementation()
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
-        # Before the parent, which would go and download a kernel whose name it does not know.
-        check_attn_implementation(attn_implementation)
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
+    ) -> str:
+        # Before the parent, which would take the name of a kernel for one of FlashAttention.
+        attn_implementation = check_attn_implementation(attn_implementation, allow_all_kernels)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check)
 
 
 @auto_docstring

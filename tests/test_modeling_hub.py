@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from modeling_fox import FoxForCausalLM
 from modeling_fox.convert import convert
 from modeling_fox.hub_fox import add_code
 
+ROOT = Path(__file__).resolve().parents[1]
 CODE = {
     f"{name}_fox.py"
     for name in ("attention", "cache", "configuration", "conversion", "hub", "modeling", "modeling_heads", "parallel")
@@ -91,6 +93,56 @@ def test_a_folder_with_the_code_loads_where_only_torch_and_transformers_are(tmp_
     assert all(
         got[name].startswith("transformers_modules") for name in ("AutoModel", "AutoModelForSequenceClassification")
     )
+
+
+WITH_KERNEL = """
+import sys
+sys.modules["fox_kernels"] = None
+import torch
+from transformers import AutoModelForCausalLM
+
+source, given, answer = sys.argv[1:]
+tokens, results = torch.load(given), {}
+options = {"trust_remote_code": True, "attn_implementation": "someone/fox-kernels"}
+try:
+    AutoModelForCausalLM.from_pretrained(source, **options)
+except ValueError as error:
+    results["refused"] = str(error)
+model = AutoModelForCausalLM.from_pretrained(source, allow_all_kernels=True, **options)
+results["name"] = model.config._attn_implementation
+with torch.no_grad():
+    results["logits"] = model(tokens, use_cache=False).logits
+for cache in ("dynamic", "static"):
+    results[cache] = model.generate(tokens, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+attention = sys.modules[type(model).__module__.rpartition(".")[0] + ".attention_fox"]
+results["operator"] = attention.forgetting_attention.__module__
+torch.save(results, answer)
+"""
+
+
+def test_the_operator_comes_from_a_kernel_of_the_hub(tmp_path):
+    kernels = pytest.importorskip("kernels")
+    if not hasattr(kernels, "get_kernel"):
+        pytest.skip("needs `pip install kernels`")
+    model, tokens = tiny_fox(attn_implementation="fox_acp", pad_token_id=0), random_tokens(2, 12)
+    model.save_pretrained(tmp_path / "source", with_code=True)
+    build = [sys.executable, str(ROOT / "kernels" / "build_hub_kernel.py"), str(tmp_path / "kernel")]
+    subprocess.run([*build, "--repo-id", "someone/fox-kernels"], check=True, capture_output=True)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    environment = os.environ | {
+        "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "LOCAL_KERNELS": f"someone/fox-kernels={tmp_path / 'kernel'}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", WITH_KERNEL, *(str(tmp_path / x) for x in ("source", "tokens.pt", "answer.pt"))]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = torch.load(tmp_path / "answer.pt")
+    assert "If you trust it, pass `allow_all_kernels=True` too" in got["refused"]
+    assert got["name"] == "fox_acp" and got["operator"].startswith("_fox_kernels_cpu_")
+    with torch.no_grad():
+        assert torch.equal(got["logits"], model(tokens, use_cache=False).logits)
+    text = model.generate(tokens, max_new_tokens=8, do_sample=False)
+    assert torch.equal(got["dynamic"], text) and torch.equal(got["static"], text)
 
 
 def test_with_the_package_code_in_the_folder_is_never_run(tmp_path):
