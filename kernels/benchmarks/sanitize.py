@@ -8,8 +8,8 @@
 The sanitizer prints `ERROR SUMMARY: 0 errors` (racecheck: `0 hazards`) where all is well. Forward and backward in all
 dtypes, one past a tile, shared keys, odd widths, fewer queries than keys, padding, closed gates, a window, packed
 sequences and both rules of pruning; decoding with 1 to 16 queries and appending gates. Kernels that the compiler has
-not seen take seconds each to compile: `--quick` leaves out all but one width and dtype, `--cases` names them. Each result is compared with the dense
-definition, roughly: the tests are what measures errors.
+not seen take seconds each to compile: `--quick` leaves out all but one width and dtype, `--cases` names them. Each
+result is compared with the dense definition, roughly: the tests are what measures errors.
 """
 
 import argparse
