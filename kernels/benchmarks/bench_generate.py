@@ -76,7 +76,9 @@ def bench(backend, model, prompt, options):
     speeds, texts = {}, {}
     for mode in options.modes:
         rounds = []
-        warm_up, _ = timed_s(lambda mode=mode: generate(model, prompt, options.tokens, mode), options.device)
+        # Compiling needs the length that is timed, the rest only its kernels.
+        tokens = options.tokens if mode == "static, compiled" else min(options.tokens, 8)
+        warm_up, _ = timed_s(lambda mode=mode, tokens=tokens: generate(model, prompt, tokens, mode), options.device)
         for _ in range(options.rounds):
             seconds, texts[mode] = timed_s(
                 lambda mode=mode: generate(model, prompt, options.tokens, mode), options.device
@@ -100,7 +102,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backends", nargs="+", choices=["sdpa", "fox_acp"], default=["fox_acp", "sdpa"])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[MODES[0], MODES[2]])
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--hidden-size", type=int, default=768, help="64 channels a head; default: %(default)s")
     parser.add_argument("--batch", type=int, default=1, help="sequences; default: %(default)s")
