@@ -1,0 +1,1 @@
+"""Our components in the libraries that people already use. Importing one needs that library."""
