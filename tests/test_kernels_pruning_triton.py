@@ -19,6 +19,9 @@ SHAPES = [
     pytest.param(dict(queries=1300, batch=1, heads=2, kv_heads=1, dim=16), id="two-programs"),
 ]
 
+# Groups of keys that norms alone drop, and some that count by their means.
+FAR_GROUPS = pytest.param(dict(queries=200, keys=1600, batch=1, heads=3, dim=32), id="far-groups")
+
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("measured", [False, True], ids=["bound-given", "bound-measured"])
@@ -89,7 +92,7 @@ def test_what_is_not_a_number_prunes_nothing(hole, device):
         pytest.param(torch.float32, True, id="float32-bound-measured"),
     ],
 )
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, FAR_GROUPS])
 def test_tight_rule_gives_the_keys_of_the_definition(shape, measured, dtype, device, poisoned_memory):
     q, k, _, log_fgate = attention_inputs(**shape, gate_logits=(0.0, 8.0), dtype=dtype)
     heads, keys = log_fgate.shape[1:]

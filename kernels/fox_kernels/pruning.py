@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gates import LOG2_E, GateSums
+from .gates import GATE_BLOCK, LOG2_E, GateSums
 
 try:
     from . import triton_pruning
@@ -25,15 +25,20 @@ PRUNING_BLOCK_S = 64
 PRUNING_RULES = ("paper", "tight")
 
 # The tight rule asks for this much more than it needs, nats, for all its roundings but those of products q . k. These
-# it bounds by DOT_ERROR * |scale| ||q|| ||k||: tf32 loses 2**-9 of it, 256 sums in float32 on tensor cores 2**-14.
+# it bounds by DOT_ERROR * |scale| ||q|| ||k||: tf32 loses 2**-9 of it, 256 sums in float32 on tensor cores 2**-14. A
+# mean of keys is rounded to their type besides, and so is the square of their spread summed over 128 channels.
 TIGHT_SLACK = 2.0**-5
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
+CENTER_ERROR = {torch.float32: 2.0**-7, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-8}
+SPREAD_ERROR = {torch.float32: 2.0**-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
+ROW_ERROR = 2.0**-22
+SPREAD_DIM = 128  # wider heads do without
 
 # Blocks of keys that the tight rule must be able to win before it looks at scores, and the least log of a tolerance:
 # below it float32 weights would underflow while they still count.
 MIN_GAIN = 2
 LEAST_LOG_TOLERANCE = -60.0
-_NORM_CHUNK = 1024  # keys that share a largest norm
+CENTERS = 64  # groups of keys before the nearest ones whose mean counts towards a row's sum of weights
 _BLOCKS_AT_ONCE = 4  # of keys: fewer Python steps, and up to 3 blocks tested for nothing
 _MAX_SCORES = 1 << 21  # in memory at a time
 
@@ -103,12 +108,12 @@ class _QueryBlocks:
         self.first_visible = first_visible  # (B, H, T)
         self.running = sums.running()  # (B, H, S)
         self.at_block_end = self.running[..., PRUNING_BLOCK_S - 1 :: PRUNING_BLOCK_S].contiguous()  # (B, H, N)
+        self.at_group_start = sums.starts[0].double() + sums.starts[1].double()  # (B, H, groups)
+        self.at_group_end = self.running[..., GATE_BLOCK - 1 :: GATE_BLOCK]  # (B, H, whole groups)
         self.first = torch.arange(
             self.num_keys - self.num_queries, self.num_keys, PRUNING_BLOCK_T, device=first_visible.device
         )  # (M,)
         self.at_first = self.running[..., self.first]  # (B, H, M)
-        # Log of the sum of exp2(-lam) over all keys up to each block's end, at most; bits, (B, H, N).
-        self.log_prefix = torch.logcumsumexp(-self.at_block_end / LOG2_E, dim=-1) * LOG2_E + math.log2(PRUNING_BLOCK_S)
 
     def ends_below(self, limit: torch.Tensor) -> torch.Tensor:
         """How many blocks of keys have decayed below `limit`, bits, at each block's first query, `(B, H, M)` int64."""
@@ -119,6 +124,37 @@ class _QueryBlocks:
         """Largest of every block's rows: `(B, H, T)`, not negative, to `(B, H, M)`."""
         pad = len(self.first) * PRUNING_BLOCK_T - self.num_queries
         return torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, PRUNING_BLOCK_T)).amax(dim=-1)
+
+
+class _KeySummaries:
+    """What the tight rule knows of every group of `GATE_BLOCK` keys, padding taken as 0.
+
+    Attributes:
+        norm: `(B, H_kv, groups)` float32, largest norm.
+        largest: `(B, H_kv, M)` float32, largest norm up to the last key that a block of queries sees.
+        spread: `(B, H_kv, groups)` float32, at most 1: for every q the squares of `q . k` sum up to at most
+            `GATE_BLOCK * spread * ||q||^2 * norm^2`.
+        center: `(B, H_kv, groups, D)` of the type of k: their mean, divided by `norm`.
+    """
+
+    def __init__(self, k: torch.Tensor, key_start: torch.Tensor | None, blocks: _QueryBlocks):
+        num_keys, dim = k.shape[2:]
+        if key_start is not None:
+            padding = torch.arange(num_keys, device=k.device) < key_start[:, None]
+            k = k.masked_fill(padding[:, None, :, None], 0.0)
+        groups = torch.nn.functional.pad(k, (0, 0, 0, -num_keys % GATE_BLOCK)).unflatten(2, (-1, GATE_BLOCK)).float()
+        self.norm = groups.norm(dim=-1).amax(dim=-1)
+        last = (blocks.first + PRUNING_BLOCK_T).clamp_(max=num_keys) - 1
+        self.largest = self.norm.cummax(dim=-1).values[..., last // GATE_BLOCK]
+        square = self.norm * self.norm
+        usable = (square > 1e-30) & square.isfinite()
+        self.center = (groups.mean(dim=3) / self.norm[..., None]).where(usable[..., None], 0.0).to(k.dtype)
+        self.spread = torch.ones_like(self.norm)
+        if dim <= SPREAD_DIM:
+            # Gershgorin: no eigenvalue of sum k k^T is larger than a sum of absolute values in a row of it.
+            row = (groups.transpose(-1, -2) @ groups).abs_().sum(dim=-1).amax(dim=-1)
+            spread = row / (GATE_BLOCK * square) * (1.0 + 2.0**-10) + SPREAD_ERROR[k.dtype]
+            self.spread = torch.where(usable & (spread < 1.0), spread, 1.0)
 
 
 def tight_rule(
@@ -142,8 +178,8 @@ def tight_rule(
         `(B, H, M)` int64 and `(B, H, M)` float32, for M blocks of `PRUNING_BLOCK_T` queries.
     """
     blocks = _QueryBlocks(sums, first_visible)
-    row_bound = _row_bounds(q, k, scale, key_start, logit_bound, blocks)
-    block_bound = blocks.largest_of_rows(row_bound)
+    keys = _KeySummaries(k, key_start, blocks)
+    block_bound = _block_bounds(q, scale, key_start, logit_bound, blocks, keys)
     hidden = first_visible[..., ::PRUNING_BLOCK_T].long() // PRUNING_BLOCK_S
     dropped = blocks.ends_below(pruning_threshold(block_bound, k.shape[2], log_tolerance) * LOG2_E)
     # So many keys as near as the nearest of them. What is hidden has no mass.
@@ -156,30 +192,32 @@ def tight_rule(
     worth = (possible - dropped >= MIN_GAIN) & block_bound.isfinite() & (log_tolerance >= LEAST_LOG_TOLERANCE)
     at_once = max(1, _MAX_SCORES // (PRUNING_BLOCK_T * PRUNING_BLOCK_S * _BLOCKS_AT_ONCE))
     for index in worth.nonzero().split(at_once):
-        tested, spent = _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance)
         b, h, m = index.unbind(1)
+        bound = None if logit_bound is None else block_bound[b, h, m]
+        tested = _test_blocks(
+            q, k, blocks, keys, bound, hidden[b, h, m], possible[b, h, m], index, scale, log_tolerance
+        )
         better = tested > dropped[b, h, m]
         dropped[b, h, m] = torch.where(better, tested, dropped[b, h, m])
-        mass[b, h, m] = torch.where(better, spent, mass[b, h, m])
+        mass[b, h, m] = torch.where(better, math.exp(log_tolerance - TIGHT_SLACK), mass[b, h, m])
     return dropped, mass
 
 
-def _row_bounds(q, k, scale, key_start, logit_bound, blocks) -> torch.Tensor:
-    """At least every `|scale * q_i . k_j|` of row i, nats, `(B, H, T)` float32."""
+def _block_bounds(q, scale, key_start, logit_bound, blocks, keys) -> torch.Tensor:
+    """At least every `|scale * q_i . k_j|` of the rows of a block, nats, `(B, H, M)` float32."""
     batch, num_heads, num_queries, _ = q.shape
     if logit_bound is not None:
-        return logit_bound.float().expand(batch, num_heads)[..., None].expand(batch, num_heads, num_queries)
-    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (q, k))
+        return logit_bound.float().expand(batch, num_heads)[..., None].expand(batch, num_heads, len(blocks.first))
+    q_norm = q.float().norm(dim=-1)
     if key_start is not None:
-        padding = torch.arange(k.shape[2], device=k.device) < key_start[:, None, None]
-        k_norm = k_norm.masked_fill(padding, 0.0)
-        q_norm = q_norm.masked_fill(padding[..., k.shape[2] - num_queries :], 0.0)
-    k_norm = torch.nn.functional.pad(k_norm, (0, -k.shape[2] % _NORM_CHUNK)).unflatten(-1, (-1, _NORM_CHUNK))
-    largest = k_norm.amax(dim=-1).cummax(dim=-1).values.repeat_interleave(num_heads // k.shape[1], dim=1)
-    last = (blocks.first + PRUNING_BLOCK_T).clamp_(max=blocks.num_keys) - 1
-    block_of_query = torch.arange(num_queries, device=q.device) // PRUNING_BLOCK_T
-    # The norms are off by less than 2**-16 each.
-    return abs(scale) * (1.0 + PAPER_SLACK) * q_norm * largest[..., (last // _NORM_CHUNK)[block_of_query]]
+        position = torch.arange(blocks.num_keys - num_queries, blocks.num_keys, device=q.device)
+        q_norm = q_norm.masked_fill(position < key_start[:, None, None], 0.0)
+    largest = keys.largest.repeat_interleave(num_heads // keys.norm.shape[1], dim=1)
+    return _norm_factor(scale) * blocks.largest_of_rows(q_norm) * largest
+
+
+def _norm_factor(scale: float) -> float:
+    return abs(scale) * (1.0 + PAPER_SLACK)  # the norms are off by less than 2**-17 each
 
 
 def _keys(k, head, index, position, first_visible):
@@ -189,32 +227,85 @@ def _keys(k, head, index, position, first_visible):
     return keys if visible.all() else keys.masked_fill(~visible[..., None], 0.0)
 
 
-def _least_log_sum(rows, k, head, blocks, index, position, row_first, lam, scale_bits, dot_error) -> torch.Tensor:
-    """From each row's keys from 64 before the block's first query on, less what products can be off; `(A, R)` bits."""
+def _log_sum(exponent: torch.Tensor) -> torch.Tensor:
+    """Of `exp2` along the last dimension, bits; of nothing it is -inf."""
+    largest = exponent.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    return exponent.sub(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
+
+
+def _least_log_sum(rows, q_norm, k, head, blocks, summaries, index, position, cut, first_visible, lam, scale_bits):
+    """At most the log of the sum of each row's weights, `(A, R)` bits."""
     b, h, m = index.unbind(1)
-    near = blocks.first[m, None] - PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S + PRUNING_BLOCK_T, device=k.device)
-    keys = _keys(k, head, index, near, row_first[:, 0])
+    # The keys of the rows themselves and the block before them.
+    end = blocks.first[m, None] // PRUNING_BLOCK_S
+    before = (end - 1) * PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S, device=k.device)
+    near = torch.cat((before, position), dim=1)
+    keys = _keys(k, head, index, near, first_visible)
     scores = rows @ keys.transpose(1, 2) * scale_bits
     lam_near = blocks.running[b[:, None], h[:, None], near.clamp(0, blocks.num_keys - 1)]
     scores += (lam[..., None] - lam_near[:, None]).float()
-    scores.masked_fill_((near[:, None] > position[..., None]) | (near[:, None] < row_first[..., None]), float("-inf"))
-    largest = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
-    lse = scores.sub_(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
-    return lse - dot_error * keys.norm(dim=-1).amax(dim=-1, keepdim=True)
+    hidden = (near[:, None] > position[..., None]) | (near < cut[:, None])[:, None]
+    scores.masked_fill_(hidden, float("-inf"))
+
+    # Groups before them: as if all keys were their mean (Jensen) and decayed as the first of them.
+    group = (end - 1) // (GATE_BLOCK // PRUNING_BLOCK_S) - CENTERS + torch.arange(CENTERS, device=k.device)
+    at = (b[:, None], head[:, None], group.clamp(min=0))
+    means = rows @ summaries.center[at].float().transpose(1, 2) * (summaries.norm[at] * scale_bits)[:, None]
+    error = abs(scale_bits) * q_norm * summaries.largest[b, head, m][:, None]
+    means -= (CENTER_ERROR[k.dtype] * error)[..., None]
+    lam_group = blocks.at_group_start[b[:, None], h[:, None], group.clamp(min=0)]
+    means += math.log2(GATE_BLOCK) + (lam[..., None] - lam_group[:, None]).float()
+    means.masked_fill_(((group < 0) | (group * GATE_BLOCK < cut[:, None]))[:, None], float("-inf"))
+    # What the products can be off, and float32 decays since the block's first query.
+    error = DOT_ERROR[k.dtype] * error
+    error += ROW_ERROR * (lam - blocks.at_first[b, h, m, None]).abs().amax(dim=-1, keepdim=True).float()
+    return _log_sum(torch.cat((scores, means), dim=-1)) - error
 
 
-def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
-    """Blocks of keys that A blocks of queries may drop, and the mass in them: `(A,)` int64 and float32.
+def _far_groups(summaries, blocks, head, index, to_row, norm_bound, bound, end, log_eps):
+    """Groups of keys that hold at most half of eps together, from norms alone, and the share of it that they hold.
 
     Args:
-        hidden: `(B, H, M)` blocks of keys before the first visible one.
+        to_row: `(A, R)` bits, what a score and the decay up to the block's first query are added to.
+        norm_bound: `(A, R)` nats, at least every `|scale| ||q_i|| ||k||`.
+        bound: `(A,)` nats, at least every `|scale q_i . k|`, or None.
+        end: `(A,)` groups that may be dropped.
+    """
+    b, h, m = index.unbind(1)
+    row_bound = norm_bound if bound is None else torch.minimum(norm_bound, bound[:, None])
+    largest = lambda x: torch.where(x.isnan(), math.inf, x).amax(dim=-1, keepdim=True)  # noqa: E731
+    row_bits = row_bound * ((1.0 + PAPER_SLACK) * LOG2_E)
+    reach = largest(to_row + row_bits)
+    # exp(s) <= 1 + s + (exp(u) - 1 - u) (s / u)^2 for s <= u, summed over a group.
+    square = row_bits + 2.0 * torch.log2(norm_bound / row_bound).nan_to_num(nan=0.0).clamp_(min=0.0)
+    square = torch.exp2(largest(to_row + square) - reach)
+    linear = torch.exp2(largest(to_row + torch.log2(1.0 + norm_bound)) - reach)
+    group = torch.arange(blocks.at_group_end.shape[-1], device=b.device)
+    relative = summaries.norm[b, head] / summaries.largest[b, head, m][:, None]
+    spread = summaries.spread[b, head] * (relative * relative).nan_to_num(nan=1.0)
+    factor = (square * spread[:, : len(group)] + linear).clamp_(max=1.0)  # a NaN stays one
+    room = log_eps - 1.0 - reach
+    decay = (blocks.at_first[b, h, m, None] - blocks.at_group_end[b, h]).float()
+    share = torch.exp2((decay + math.log2(GATE_BLOCK) - room).clamp_(max=100.0)) * factor
+    share = share.masked_fill_(group >= end[:, None], math.inf).double().cumsum(dim=-1)
+    count = (share <= 1.0).sum(dim=-1)
+    held = torch.cat((torch.zeros_like(share[:, :1]), share), dim=-1).gather(-1, count[:, None])
+    return count, held[:, 0].float()
+
+
+def _test_blocks(q, k, blocks, summaries, bound, hidden, possible, index, scale, log_tolerance):
+    """Blocks of keys that A blocks of queries may drop, `(A,)` int64.
+
+    Args:
+        bound: `(A,)` nats, at least every `|scale q . k|`, or None: norms are used.
+        hidden: `(A,)` blocks of keys before the first visible one.
+        possible: `(A,)` blocks of keys at which to stop.
         index: `(A, 3)`: batch, head and number of each block of queries.
     """
     b, h, m = index.unbind(1)
     head = h // (q.shape[1] // k.shape[1])
     offset = blocks.num_keys - blocks.num_queries
     scale_bits = scale * LOG2_E
-    dot_error = abs(scale_bits) * DOT_ERROR[q.dtype]
     log_eps = (log_tolerance - TIGHT_SLACK) * LOG2_E
 
     # 1. The rows, (A, R). What a row does not see, or is padding, has no mass to lose.
@@ -222,28 +313,35 @@ def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
     t = (position - offset).clamp_(max=blocks.num_queries - 1)
     row_first = blocks.first_visible[b[:, None], h[:, None], t]
     empty = (row_first > position) | (position >= blocks.num_keys)
+    cut = row_first.masked_fill(empty, 0).amax(dim=-1)
     rows = q[b[:, None], h[:, None], t].float().masked_fill_(empty[..., None], 0.0)
     q_norm = rows.norm(dim=-1)
+    k_norm = summaries.largest[b, head, m][:, None]
     lam_first = blocks.at_first[b, h, m]  # (A,)
     lam = blocks.running[b[:, None], h[:, None], t + offset]
 
     # 2. At most so much is the log of the sum of a row's weights, bits.
-    lse = _least_log_sum(rows, k, head, blocks, index, position, row_first, lam, scale_bits, dot_error * q_norm)
+    lse = _least_log_sum(
+        rows, q_norm, k, head, blocks, summaries, index, position, cut, row_first[:, 0], lam, scale_bits
+    )
     # A row weighs a key l by exp2(score + to_row + lam_first - lam_l).
     to_row = ((lam - lam_first[:, None]).float() - lse).masked_fill_(empty, float("-inf"))
 
-    # 3. Without scores: the bound of the row on every key, and 64 keys for every block. It may spend half of eps.
-    reach = to_row + row_bound[b[:, None], h[:, None], t] * ((1.0 + PAPER_SLACK) * LOG2_E)
-    prefix = blocks.log_prefix[b, h] + lam_first[:, None]  # (A, N)
-    limit = log_eps - 1.0 - reach.amax(dim=-1).double()
+    # 3. Without scores: 128 keys as near as the last of them.
+    norm_bound = _norm_factor(scale) * q_norm * k_norm
     end = blocks.first[m] // PRUNING_BLOCK_S
-    start = torch.searchsorted(prefix, limit[:, None], right=True)[:, 0].minimum(end)
-    before = prefix.gather(1, (start[:, None] - 1).clamp_(min=0)).float()
-    spent = torch.where(start[:, None] > hidden[b, h, m, None], torch.exp2(reach + before), 0.0)
-    dropped = torch.maximum(start, hidden[b, h, m])
+    count, share = _far_groups(
+        summaries, blocks, head, index, to_row, norm_bound, bound, blocks.first[m] // GATE_BLOCK, log_eps
+    )
+    start = count * (GATE_BLOCK // PRUNING_BLOCK_S)
+    spent = torch.where(start > hidden, 0.5 * 2.0**log_eps * share, 0.0)[:, None].repeat(1, PRUNING_BLOCK_T)
+    dropped = torch.maximum(start, hidden)
 
     # 4. With scores, block after block, until eps is spent.
-    active = (dropped < end).nonzero()[:, 0]
+    to_row = to_row + abs(scale_bits) * DOT_ERROR[q.dtype] * q_norm * k_norm
+    end = torch.minimum(end, possible)
+    dropped = torch.where(cut <= blocks.first[m], dropped, 0)
+    active = ((dropped < end) & (cut <= blocks.first[m])).nonzero()[:, 0]
     width = _BLOCKS_AT_ONCE
     while len(active):
         first = dropped[active]
@@ -255,17 +353,14 @@ def _test_blocks(q, k, blocks, row_bound, hidden, index, scale, log_tolerance):
         )
         weights = torch.baddbmm(decay.float()[:, None], rows[active], keys.transpose(1, 2), alpha=scale_bits)
         weights = weights.add_(to_row[active, :, None]).exp2_().unflatten(-1, (width, PRUNING_BLOCK_S)).sum(dim=-1)
-        k_norm = keys.norm(dim=-1).unflatten(-1, (width, PRUNING_BLOCK_S)).amax(dim=-1)  # (A, width)
-        weights *= torch.exp2(dot_error * q_norm[active, :, None] * k_norm[:, None])
         total = spent[active, :, None] + weights.cumsum(dim=-1)
         passes = (total <= 2.0**log_eps).all(dim=1)
         passes &= first[:, None] + torch.arange(width, device=q.device) < end[active, None]
         count = passes.long().cumprod(dim=-1).sum(dim=-1)
-        last = (count - 1).clamp(min=0)[:, None, None].expand(-1, total.shape[1], 1)
-        spent[active] = torch.where(count[:, None] > 0, total.gather(-1, last)[..., 0], spent[active])
+        spent[active] = total[..., -1]
         dropped[active] += count
         active = active[count == width]
-    return dropped, spent.amax(dim=-1)
+    return dropped
 
 
 def measured_logit_bound(
