@@ -1,6 +1,6 @@
 # Copyright 2026 The FoX project authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Adopt a pretrained Llama or Qwen3: the same weights, RoPE and norms, and forget gates that stand open.
+"""Adopt a pretrained Llama, Mistral or Qwen3: the same weights, RoPE and norms, and forget gates that stand open.
 
 At the start the model computes what the source computes. Fine-tuned, its gates learn what to forget, after which
 pruning skips it. Command line: `python -m modeling_fox.convert SRC DST --add-gates`.
@@ -27,24 +27,31 @@ SAME_FIELDS = (
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype",
 )  # fmt: skip
 
+MODEL_TYPES = ("llama", "mistral", "qwen3")
+
 
 def fox_config_of(source: PreTrainedConfig, decay_time: float = DECAY_TIME) -> FoxConfig:
     """Configuration of the FoX that computes what a model with the configuration `source` computes.
 
     Args:
-        source: Of a Llama or a Qwen3.
+        source: Of a Llama, a Mistral without a window, or a Qwen3.
         decay_time: Decay time of every gate at the start, in tokens.
 
     Raises:
         ValueError: If the source has something that FoX has not.
     """
-    if source.model_type not in ("llama", "qwen3"):
-        raise ValueError(f"`model_type` must be 'llama' or 'qwen3' to add gates; got {source.model_type!r}.")
+    if source.model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"`model_type` must be one of {MODEL_TYPES} to add gates; got {source.model_type!r}. Other models have in "
+            "their layers what FoX has not, such as biases of queries and keys in Qwen2. Choose one of those."
+        )
     rope = source.rope_parameters
     refused = {
-        "attention_bias": bool(source.attention_bias),
+        "attention_bias": bool(getattr(source, "attention_bias", False)),
         "mlp_bias": bool(getattr(source, "mlp_bias", False)),
         "use_sliding_window": bool(getattr(source, "use_sliding_window", False)),
+        # Of Qwen3 it is only read with the field above.
+        "sliding_window": source.model_type == "mistral" and source.sliding_window,
         "rope_type": rope.get("rope_type", "default") not in ("default", None) and rope["rope_type"],
         "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1.0)
         and rope["partial_rotary_factor"],
@@ -67,7 +74,7 @@ def fox_config_of(source: PreTrainedConfig, decay_time: float = DECAY_TIME) -> F
 
 
 def add_gates(source: str, decay_time: float = DECAY_TIME) -> FoxForCausalLM:
-    """Load the Llama or Qwen3 `source`, a folder or a name on the Hub, as a FoX with open gates, in its dtype."""
+    """Load the Llama, Mistral or Qwen3 `source`, a folder or a Hub name, as a FoX with open gates, in its dtype."""
     given = AutoModelForCausalLM.from_pretrained(source)
     config = fox_config_of(given.config, decay_time)
     with no_init_weights():

@@ -5,7 +5,7 @@
 To ours:  python -m modeling_fox.convert SRC DST
 Back:     python -m modeling_fox.convert SRC DST --to official
           python -m modeling_fox.convert SRC DST --to fla
-A Llama or Qwen3 with open forget gates, to be fine-tuned into forgetting:
+A Llama, Mistral or Qwen3 with open forget gates, to be fine-tuned into forgetting:
           python -m modeling_fox.convert SRC DST --add-gates
 
 SRC is a folder or the name of a model on the Hub, in any of the three formats; which one is found out. DST gets
@@ -40,10 +40,10 @@ def convert(
 
     Args:
         source: Folder or Hub name of a checkpoint of ours, of the official implementation or of
-            flash-linear-attention; with `add_gates` of a Llama or Qwen3.
+            flash-linear-attention; with `add_gates` of a Llama, Mistral or Qwen3.
         to: `"fox"`, `"official"` or `"fla"`.
         max_shard_size: Largest file of weights, as for `save_pretrained`.
-        add_gates: Whether to add open gates to a Llama or Qwen3, see `adoption`.
+        add_gates: Whether to add open gates to a Llama, Mistral or Qwen3, see `adoption`.
         decay_time: How open those are: tokens after which one has forgotten all but 1/e.
         with_code: Whether our code goes beside the weights, see `hub_fox`.
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SRC", help="folder or Hub name of the checkpoint to read")
     parser.add_argument("destination", metavar="DST", help="new folder to write")
     parser.add_argument("--to", choices=FORMATS, default="fox", help="format of DST (default: fox)")
-    parser.add_argument("--add-gates", action="store_true", help="SRC is a Llama or Qwen3: add open forget gates")
+    parser.add_argument("--add-gates", action="store_true", help="SRC is a Llama, Mistral or Qwen3: add open gates")
     parser.add_argument(
         "--decay-time",
         type=float,

@@ -1,8 +1,8 @@
-"""A Llama or Qwen3 with open gates added: the same at the start, able to forget after."""
+"""A Llama, Mistral or Qwen3 with open gates added: the same at the start, able to forget after."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from helpers import random_tokens
 from modeling_fox import FoxForCausalLM, forget_gates
@@ -16,6 +16,7 @@ SIZES = {
 SOURCES = {
     "llama": LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True, rms_norm_eps=1e-3),
+    "mistral": MistralConfig(**SIZES, head_dim=24, sliding_window=None),
     "qwen3": Qwen3Config(**SIZES, head_dim=32, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
 }
 
@@ -96,7 +97,8 @@ def test_fine_tuned_its_gates_close_where_that_helps(tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        (MistralConfig(), "`model_type` must be 'llama' or 'qwen3' to add gates; got 'mistral'"),
+        (Qwen2Config(), "`model_type` must be one of .'llama', 'mistral', 'qwen3'. to add gates; got 'qwen2'"),
+        (MistralConfig(sliding_window=512), "`sliding_window` must be off to add gates; got 512"),
         (LlamaConfig(attention_bias=True), "`attention_bias` must be off to add gates; got True"),
         (LlamaConfig(mlp_bias=True), "`mlp_bias` must be off"),
         (Qwen3Config(use_sliding_window=True), "`use_sliding_window` must be off"),
