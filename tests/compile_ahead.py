@@ -4,18 +4,30 @@ The launch functions run on CPU tensors with the kernel replaced by a recorder; 
 from the recorded call, so what is compiled here is what a GPU would run.
 """
 
+import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fox_kernels import triton_backward, triton_decode, triton_forward, triton_gates, triton_pruning
+from fox_kernels import (
+    gluon_backward,
+    gluon_forward,
+    triton_backward,
+    triton_decode,
+    triton_forward,
+    triton_gates,
+    triton_pruning,
+)
 from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
 
@@ -49,7 +61,9 @@ class Recorder:
         return launch
 
 
-MODULES = (triton_gates, triton_forward, triton_backward, triton_pruning, triton_decode)
+MODULES = (
+    triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_pruning, triton_decode
+)  # fmt: skip
 
 
 def kernel_names():
@@ -86,8 +100,12 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys):
     sums, first = gate_sums(gates), torch.zeros(1, heads, queries, dtype=torch.int32)
     packed = torch.zeros(3, dtype=torch.int32)
     triton_gates.prepare(gates, None, queries, 100, packed)
+    # Where Hopper's kernels apply, they are launched as well; the last launch of a kernel is the one that counts.
     out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
     column_sum = triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)[-1]
+    with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": "0"}):
+        triton_forward.forward(q, k, k, sums, first, 1.0)
+        triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)
     triton_gates.gate_gradient(column_sum, gates, packed)
     rule = dict(scale=1.0, log_tolerance=-10.0, logit_bound=None)
     for prune in (triton_pruning.paper_rule, triton_pruning.tight_rule):
@@ -108,6 +126,10 @@ def compile_launch(recorder, target):
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif isinstance(args[index], GluonDescriptor):
+            descriptor = args[index]
+            kind = _TYPES[descriptor.base.dtype]
+            signature[name] = f"tensordesc<{kind}{list(descriptor.block_shape)},{descriptor.layout!r}>"
         elif isinstance(args[index], TensorDescriptor):
             descriptor = args[index]
             signature[name] = f"tensordesc<{_TYPES[descriptor.base.dtype]}{list(descriptor.block_shape)}>"
@@ -120,7 +142,8 @@ def compile_launch(recorder, target):
             signature[name] = "i32"
             if args[index] % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    Source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = Source(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -136,19 +159,29 @@ def _loops(sass):
     return [[text for address, text in code if first <= address <= last] for first, last in inner]
 
 
+def fences_in_loops(compiled):
+    """How often each loop with warpgroup products waits for or commits some, of an NVIDIA kernel."""
+    loops = [x for x in _loops(_disassemble(compiled, "-sass")) if any("HGMMA" in line for line in x)]
+    return [sum("WARPGROUP" in line for line in loop) for loop in loops]
+
+
+def _disassemble(compiled, *flags):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return "".join(
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in flags
+        )
+
+
 def resources(compiled):
     """Registers, bytes of stack, shared memory, and spills inside loops that multiply matrices, of an NVIDIA kernel.
 
     A spill outside of them is paid once per tile of the output; inside, once per tile of keys.
     """
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+    usage, sass = _disassemble(compiled, "-res-usage"), _disassemble(compiled, "-sass")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     hot = [x for x in _loops(sass) if any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", line) for line in x)]
     spills = [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop) for loop in hot]

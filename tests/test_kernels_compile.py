@@ -18,9 +18,14 @@ ATTENTION = tuple(
     f"forgetting_attention_{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode")
 )
 
-# Spills inside loops that a comment in tile_sizes.py justifies by a time measured with and without them.
-WORTH_THEIR_SPILLS = {("forgetting_attention_backward_key_kernel", 128, "sm_90"): 60}
+# Spills inside loops that a comment in tile_sizes.py justifies by a time measured with them. Those of the single pass
+# at 128 channels are reloads of addresses: 10.5 ms (16384 tokens, 32 heads) where the two passes take 14.5 ms.
+WORTH_THEIR_SPILLS = {
+    ("forgetting_attention_backward_key_kernel", 128, "sm_90"): 60,
+    ("gluon_backward_kernel", 128, "sm_90"): 100,
+}
 
+HOPPER = [("gluon_forward_kernel", 128), ("gluon_backward_kernel", 64), ("gluon_backward_kernel", 128)]
 CASES = [("bfloat16", dim, target) for dim in (64, 128, 256) for target in SHARED_MEMORY]
 CASES += [("float32", 64, "sm_90")]
 
@@ -37,12 +42,26 @@ def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
     assert sum(used["spills_in_loops"]) <= WORTH_THEIR_SPILLS.get((name, dim, target), 0), used
 
 
+@pytest.mark.parametrize(("name", "dim"), HOPPER)
+def test_hoppers_kernels_keep_their_products_in_flight(name, dim):
+    """ptxas that cannot overlap them waits for each by itself: dozens of fences in a loop in place of a few."""
+    from compile_ahead import compile_launch, fences_in_loops, record_launches, resources
+
+    compiled = compile_launch(record_launches(dim, torch.bfloat16, "sm_90")[name], "sm_90")
+    used, fences = resources(compiled), fences_in_loops(compiled)
+    print(name, dim, used, fences)
+    assert used["loops_with_products"] == len(fences) > 0
+    assert used["shared_bytes"] <= SHARED_MEMORY["sm_90"]
+    assert max(fences) <= 10, fences
+    assert sum(used["spills_in_loops"]) <= WORTH_THEIR_SPILLS.get((name, dim, "sm_90"), 0), used
+
+
 def test_every_other_kernel_compiles_without_a_stack():
     from compile_ahead import compile_launch, kernel_names, record_launches, resources
 
     recorders = record_launches(64, torch.bfloat16, "sm_90")
     assert set(recorders) == set(kernel_names())
-    for name in set(recorders) - set(ATTENTION):
+    for name in set(recorders) - set(ATTENTION) - {name for name, _ in HOPPER}:
         assert recorders[name].call is not None, f"{name} is launched by nothing that compile_ahead.py calls"
         used = resources(compile_launch(recorders[name], "sm_90"))
         assert used["stack_bytes"] == 0 and used["shared_bytes"] <= SHARED_MEMORY["sm_90"], (name, used)
@@ -52,4 +71,7 @@ def test_every_kernel_compiles_for_amd():
     from compile_ahead import compile_launch, record_launches
 
     for name, recorder in record_launches(64, torch.bfloat16, "gfx942").items():
+        if name in {name for name, _ in HOPPER} | {"finish_dq_kernel"}:
+            assert recorder.call is None, f"{name} is for Hopper"
+            continue
         assert compile_launch(recorder, "gfx942").asm["amdgcn"], name

@@ -5,6 +5,7 @@ The interpreter multiplies bit patterns of bfloat16, so there only float32 and f
 
 import math
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def triton_attention(inputs, grad_out, key_start=None, log_tolerance=None):
         first = prune(q, k, sums, first, key_start, **options)
     out, lse = triton_forward.forward(q, k, v, sums, first, scale, QUERY_TILES)
     dq, dk, dv, column_sum = triton_backward.backward(
-        grad_out.to(q.dtype), q, k, v, out, lse, sums, first, scale, QUERY_TILES, KEY_TILES
+        grad_out.to(q.dtype), q, k, v, out, lse, sums, first, scale, False, QUERY_TILES, KEY_TILES
     )
     return [out, dq, dk, dv, gate_gradient(column_sum, log_fgate)]
 
@@ -121,10 +122,34 @@ def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_me
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gate_logits", [(-20.0, 20.0), (2.0, 6.0)], ids=["extreme", "usual"])
+@pytest.mark.parametrize("dim", [48, 64, 128])
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(200, 200, 4), (1000, 1711, 2), (4096, 4096, 1)])
+def test_gpu_kernels_and_hoppers_agree_with_the_definition(queries, keys, kv_heads, dim, gate_logits, poisoned_memory):
+    """Both passes backward, in bfloat16: what Hopper does by default, what is deterministic, and the plain twins."""
+    inputs = attention_inputs(
+        batch=1, heads=4, kv_heads=kv_heads, queries=queries, keys=keys, dim=dim, gate_logits=gate_logits,
+        dtype=torch.bfloat16, device="cuda",
+    )  # fmt: skip
+    inputs[3][:, 1, keys // 2] = -math.inf
+    options = dict(key_start=torch.tensor([keys // 5], device="cuda"))
+    grad_out = torch.randn(inputs[0].shape, device="cuda").bfloat16()
+    doubles = [x.double() for x in inputs]
+    exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), **options)
+    same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, **options)
+    for deterministic, gluon in ((False, "1"), (True, "1"), (False, "0")):
+        with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": gluon}):
+            got = output_and_gradients(forgetting_attention, inputs, grad_out, deterministic=deterministic, **options)
+        for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
+            assert_as_accurate_as_torch(x, y, z, name=f"{name}, {deterministic=}, {gluon=}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda x: str(x)[6:])
-def test_gpu_scores_that_outgrow_the_diagonal_take_the_running_maximum(dtype, poisoned_memory):
+def test_gpu_scores_that_outgrow_the_diagonal_take_the_running_maximum(dtype, dim, poisoned_memory):
     """Keys far back with scores of hundreds of nats: the frozen maximum of the diagonal overflows on them."""
-    inputs = attention_inputs(queries=700, heads=4, dim=64, gate_logits=(8.0, 20.0), dtype=dtype, device="cuda")
+    inputs = attention_inputs(queries=700, heads=4, dim=dim, gate_logits=(8.0, 20.0), dtype=dtype, device="cuda")
     inputs[1][:, :2, 100:110] *= 40.0
     grad_out = torch.randn(inputs[0].shape, device="cuda").to(dtype)
     doubles = [x.double() for x in inputs]
@@ -160,12 +185,13 @@ def test_gpu_and_cpu_prune_alike(gate_logits, dtype, poisoned_memory):
 
 
 @pytest.mark.gpu
-def test_gpu_gradients_are_bitwise_reproducible():
-    inputs = attention_inputs(queries=1000, dim=64, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gpu_gradients_are_bitwise_reproducible_on_demand(dim):
+    inputs = attention_inputs(queries=1000, dim=dim, dtype=torch.bfloat16, device="cuda")
     grad_out = torch.randn(inputs[0].shape, device="cuda")
-    first = output_and_gradients(forgetting_attention, inputs, grad_out)
+    first = output_and_gradients(forgetting_attention, inputs, grad_out, deterministic=True)
     for _ in range(5):
-        again = output_and_gradients(forgetting_attention, inputs, grad_out)
+        again = output_and_gradients(forgetting_attention, inputs, grad_out, deterministic=True)
         for x, y in zip(again, first, strict=True):
             assert torch.equal(x, y)
 
@@ -183,12 +209,13 @@ def test_gpu_kernels_read_strided_inputs_in_place(layout):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tolerance", [None, -10.0])
-def test_gpu_forward_and_backward_replay_from_a_cuda_graph(tolerance):
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gpu_forward_and_backward_replay_from_a_cuda_graph(deterministic, tolerance):
     """Nothing may look at a value on the host: a replay on new inputs gives what a fresh call gives."""
     inputs = [x.requires_grad_() for x in attention_inputs(queries=300, dim=64, dtype=torch.bfloat16, device="cuda")]
 
     def step():
-        out = forgetting_attention(*inputs, log_pruning_tolerance=tolerance)
+        out = forgetting_attention(*inputs, log_pruning_tolerance=tolerance, deterministic=deterministic)
         return torch.autograd.grad(out.float().square().sum(), inputs)
 
     stream = torch.cuda.Stream()
@@ -203,7 +230,10 @@ def test_gpu_forward_and_backward_replay_from_a_cuda_graph(tolerance):
             x.copy_(new)
     graph.replay()
     for x, y in zip([x.clone() for x in captured], step(), strict=True):
-        assert torch.equal(x, y)
+        if deterministic:
+            assert torch.equal(x, y)
+        else:  # sums in any order
+            torch.testing.assert_close(x, y, rtol=1.6e-2, atol=1e-4 * float(y.float().abs().max()))
 
 
 @pytest.mark.gpu
@@ -211,7 +241,7 @@ def test_gpu_op_compiles_into_one_graph():
     inputs = [x.requires_grad_() for x in attention_inputs(queries=256, dim=64, dtype=torch.bfloat16, device="cuda")]
 
     def step(*args):
-        return forgetting_attention(*args, log_pruning_tolerance=-10.0).float().square().sum()
+        return forgetting_attention(*args, log_pruning_tolerance=-10.0, deterministic=True).float().square().sum()
 
     expected = torch.autograd.grad(step(*inputs), inputs)
     compiled = torch.compile(step, fullgraph=True)

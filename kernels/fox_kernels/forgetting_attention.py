@@ -35,6 +35,7 @@ def forgetting_attention(
     logit_bound: float | torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
     window: int | None = None,
+    deterministic: bool | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, PruningStats]:
     """Causal softmax attention whose scores decay by a learned forget gate, optionally pruned with a proof.
@@ -68,6 +69,9 @@ def forgetting_attention(
             right needs nothing: no query before it sees it.
         window: A query sees at most so many keys, its own included. Default: None, all before it. Whatever else hides
             keys hides them as well.
+        deterministic: Gradients that are the same to the last bit on every run. On Hopper the default adds up dq in
+            any order, five matrix products in place of seven; elsewhere nothing changes. Default: None, what
+            `torch.are_deterministic_algorithms_enabled()` says.
         return_stats: Also return `PruningStats`: per head the share of visible pairs skipped and the bound on the
             lost mass.
 
@@ -84,7 +88,8 @@ def forgetting_attention(
     _check_tensors(q, k, v, log_fgate, key_start)
     return _attend(
         q, k, v, log_fgate, scale=scale, log_pruning_tolerance=log_pruning_tolerance, pruning_rule=pruning_rule,
-        logit_bound=logit_bound, key_start=key_start, window=window, return_stats=return_stats,
+        logit_bound=logit_bound, key_start=key_start, window=window, deterministic=deterministic,
+        return_stats=return_stats,
     )  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def _under_autocast(*tensors):
 
 def _attend(
     q, k, v, log_fgate, *, scale, log_pruning_tolerance, pruning_rule, logit_bound, key_start=None, window=None,
-    cu_seqlens=None, return_stats=False,
+    cu_seqlens=None, deterministic=None, return_stats=False,
 ):  # fmt: skip
     """`forgetting_attention` of tensors that are checked; `cu_seqlens` as in `gates.first_visible_key`."""
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
@@ -105,9 +110,12 @@ def _attend(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key_start = None if key_start is None else key_start.contiguous()
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     out, _, within, starts, first_key = _forgetting_attention(
-        q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start, window, cu_seqlens
-    )
+        q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start, window, cu_seqlens,
+        deterministic,
+    )  # fmt: skip
     if not return_stats:
         return out
     with torch.no_grad(), on_device_of(q):
@@ -244,6 +252,7 @@ def _forgetting_attention(
     key_start: torch.Tensor | None,
     window: int | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
     # Autocast reaches into a custom op and would round the scores.
@@ -263,7 +272,10 @@ def _forgetting_attention(
 
 
 @_forgetting_attention.register_fake
-def _(q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start, window=None, cu_seqlens=None):
+def _(
+    q, k, v, log_fgate, scale, log_tolerance, rule, logit_bound, key_start, window=None, cu_seqlens=None,
+    deterministic=False,
+):  # fmt: skip
     rows = q.shape[:-1]
     num_blocks = -(-log_fgate.shape[-1] // GATE_BLOCK)
     return (
@@ -291,6 +303,7 @@ def _forgetting_attention_backward(
     first_key: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     sums = GateSums(within, starts)
     if grad_out.stride(-1) != 1:
@@ -299,12 +312,14 @@ def _forgetting_attention_backward(
         if q.device.type == "cpu":
             dq, dk, dv, column_sum = blockwise.backward(grad_out, q, k, v, lse, sums, first_key, scale)
         else:
-            dq, dk, dv, column_sum = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first_key, scale)
+            dq, dk, dv, column_sum = triton_backward.backward(
+                grad_out, q, k, v, out, lse, sums, first_key, scale, deterministic
+            )
         return dq, dk, dv, gate_gradient(column_sum, log_fgate, cu_seqlens)
 
 
 @_forgetting_attention_backward.register_fake
-def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, cu_seqlens, scale):
+def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, cu_seqlens, scale, deterministic):
     return (
         torch.empty_like(q),
         torch.empty_like(k),
@@ -314,7 +329,7 @@ def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, cu_seql
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, log_fgate, ctx.scale, *_, cu_seqlens = inputs
+    q, k, v, log_fgate, ctx.scale, *_, cu_seqlens, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, log_fgate, *output, cu_seqlens)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -322,9 +337,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 11
-    grads = _forgetting_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale)
-    return (*grads, *(None,) * 7)
+        return (None,) * 12
+    grads = _forgetting_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    return (*grads, *(None,) * 8)
 
 
 _forgetting_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -10,8 +10,8 @@ is not, and the gate gradient, a sum over all later rows, collects what is left 
 T = 4096 in bfloat16. So the kernel that owns queries adds up that residue in float32 and hands delta_i + residue_i to
 the kernel that owns keys. There the rows cancel to float32 rounding, and the column sums alone are dlam.
 
-No atomics: gradients are bitwise the same on every run. A single pass, five products in place of seven with dq added
-up in the L2 cache, was tried: RESULTS.md says what it won and lost.
+No atomics: gradients are bitwise the same on every run. On Hopper gluon_backward.py does five products in place of
+these seven for whoever does not ask for that.
 
 Both visit the pairs of the forward pass, `first_key_i <= j <= i`, and no others.
 
@@ -38,29 +38,38 @@ from .triton_forward import (
     load_tile,
     store_tile,
     use_descriptors,
+    use_gluon,
 )
+
+try:
+    from . import gluon_backward
+except (ImportError, AttributeError):  # as in triton_forward.py
+    gluon_backward = None
 
 ROWS = 128  # of a program of the first kernel
 
 
 @triton.jit
 def backward_rows_kernel(
-    o_ptr, grad_ptr, within_ptr, starts_ptr, lse_ptr, delta_ptr, row_bits_ptr, refs_ptr, T, S, H, N, M,
+    o_ptr, grad_ptr, within_ptr, starts_ptr, lse_ptr, delta_ptr, row_bits_ptr, refs_ptr, T, S, H, N, M, padded,
     o_stride_b, o_stride_h, o_stride_t, g_stride_b, g_stride_h, g_stride_t, within_low, starts_low, refs_low,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of every query delta and `row_bits` = lam - ref - lse, and of every tile of queries its ref."""
+    """Of every query delta and `row_bits` = lam - ref - lse, and of every tile of queries its ref.
+
+    Both have `padded` rows a head; those past the last query have 0 and -inf, the weight of nothing.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     start = tl.program_id(1) * ROWS
     t = start + tl.arange(0, ROWS)
     inside = t < T
-    at = row * T + t
+    at = row * padded + t
     o = o_ptr + batch * o_stride_b + head * o_stride_h
     grad = grad_ptr + batch * g_stride_b + head * g_stride_h
     out = load_tile(o, batch, head, start, T, o_stride_t, D, BLOCK_D, ROWS, True, False).to(tl.float32)
     grad_out = load_tile(grad, batch, head, start, T, g_stride_t, D, BLOCK_D, ROWS, True, False).to(tl.float32)
-    tl.store(delta_ptr + at, tl.sum(out * grad_out, axis=1), mask=inside)
+    tl.store(delta_ptr + at, tl.sum(out * grad_out, axis=1), mask=t < padded)
 
     tile = t // BLOCK_T
     key = t + S - T
@@ -75,10 +84,9 @@ def backward_rows_kernel(
     lam_within = tl.load(within + key, mask=inside, other=0.0)
     lam_low = tl.load(starts + starts_low + key // BLOCK, mask=inside, other=0.0)
     lam_low += tl.load(within + within_low + key, mask=inside, other=0.0)
-    lse = tl.load(lse_ptr + at, mask=inside, other=float("inf"))
-    tl.store(
-        row_bits_ptr + at, (lam_start - ref_start) + (lam_within - ref_within) + (lam_low - ref_low) - lse, mask=inside
-    )
+    lse = tl.load(lse_ptr + row * T + t, mask=inside, other=float("inf"))
+    row_bits = (lam_start - ref_start) + (lam_within - ref_within) + (lam_low - ref_low) - lse
+    tl.store(row_bits_ptr + at, row_bits, mask=t < padded)
     first_of_tile = inside & (t == tile * BLOCK_T)
     high = ref_start + ref_within
     tl.store(refs_ptr + row * M + tile, high, mask=first_of_tile)
@@ -353,9 +361,9 @@ def forgetting_attention_backward_key_kernel(
 def queries_of_key_tiles(first_key: torch.Tensor, num_keys: int, block_s: int) -> torch.Tensor:
     """For each tile of keys, how many queries see all of it and how many any of it. `(2, B, H, tiles)` int32."""
     batch, num_heads, num_queries = first_key.shape
-    num_tiles = triton.cdiv(num_keys, block_s)
+    num_tiles = -(-num_keys // block_s)
     rows = torch.empty(2, batch, num_heads, num_tiles, dtype=torch.int32, device=first_key.device)
-    key_tile_rows_kernel[(batch * num_heads, triton.cdiv(num_tiles, 128))](
+    key_tile_rows_kernel[(batch * num_heads, -(-num_tiles // 128))](
         first_key, rows, num_queries, num_keys, num_tiles, num_queries.bit_length(), rows.stride(0), BLOCK_S=block_s,
         TILES=128,
     )  # fmt: skip
@@ -372,6 +380,7 @@ def backward(
     sums: GateSums,
     first_key: torch.Tensor,
     scale: float,
+    deterministic: bool = False,
     query_tiles: TileSizes | None = None,
     key_tiles: TileSizes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -385,6 +394,11 @@ def backward(
         G=q.shape[1] // k.shape[1], D=dim, BLOCK_D=padded_head_dim(dim), PRECISION=dot_precision(q.dtype),
         DESCRIPTORS=dim <= 128 and use_descriptors(arch, q, k, v, grad_out),
     )  # fmt: skip
+    if shared["DESCRIPTORS"] and not deterministic and use_gluon(arch, q, smallest_dim=33):
+        delta, row_bits, refs = _launch_rows(grad_out, out, lse, sums, gluon_backward.ROWS.value, padded=True)
+        seen = queries_of_key_tiles(first_key, k.shape[2], gluon_backward.KEYS.value)
+        section = max(1, heads_in_l2(q.shape[2], dim, q.element_size()) // 2)
+        return gluon_backward.backward(grad_out, q, k, v, sums, first_key, delta, row_bits, refs, seen, scale, section)
     delta, row_bits, refs = _launch_rows(grad_out, out, lse, sums, key_tiles.block_t)
     dq = torch.empty_like(q)
     # dq takes the residue along. Over many queries that is one rounding among others; a few get a second pass with the
@@ -397,14 +411,16 @@ def backward(
     return dq, dk, dv, column_sum
 
 
-def _launch_rows(grad_out, out, lse, sums, block_t):
+def _launch_rows(grad_out, out, lse, sums, block_t, padded=False):
     batch, num_heads, num_queries, dim = out.shape
-    num_tiles = triton.cdiv(num_queries, block_t)
-    delta, row_bits = torch.empty_like(lse), torch.empty_like(lse)
+    num_tiles = -(-num_queries // block_t)
+    num_rows = num_tiles * block_t if padded else num_queries
+    delta, row_bits = (torch.empty(batch, num_heads, num_rows, dtype=torch.float32, device=out.device) for _ in "12")
     refs = torch.empty(2, batch, num_heads, num_tiles, dtype=torch.float32, device=out.device)
-    backward_rows_kernel[(batch * num_heads, triton.cdiv(num_queries, ROWS))](
+    backward_rows_kernel[(batch * num_heads, -(-num_queries // ROWS))](
         out, grad_out, sums.within, sums.starts, lse, delta, row_bits, refs, num_queries, sums.within.shape[-1],
-        num_heads, sums.starts.shape[-1], num_tiles, *out.stride()[:3], *grad_out.stride()[:3], sums.within.stride(0),
+        num_heads, sums.starts.shape[-1], num_tiles, num_rows, *out.stride()[:3], *grad_out.stride()[:3],
+        sums.within.stride(0),
         sums.starts.stride(0), refs.stride(0), D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=block_t, ROWS=ROWS,
     )  # fmt: skip
     return delta, row_bits, refs
@@ -413,7 +429,7 @@ def _launch_rows(grad_out, out, lse, sums, block_t):
 def _launch_queries(grad_out, q, k, v, dq, lse, sums, first_key, delta, scale, tiles, shared):
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
-    num_tiles = triton.cdiv(num_queries, tiles.block_t)
+    num_tiles = -(-num_queries // tiles.block_t)
     tensors = (q, k, v, grad_out)
     if shared["DESCRIPTORS"]:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)

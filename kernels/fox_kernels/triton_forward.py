@@ -23,6 +23,8 @@ Frame:    lam_i - lam_j is split at `ref`, lam of the tile's first query; ref - 
           within a tile costs otherwise are below the rounding of 16-bit inputs.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -34,6 +36,10 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # Triton before 3.4: pointers do everything
     TensorDescriptor = None
+try:
+    from . import gluon_forward
+except (ImportError, AttributeError):  # Gluon is young and changes its names; before Triton 3.6 it lacks what we need
+    gluon_forward = None
 
 BLOCK = tl.constexpr(GATE_BLOCK)
 
@@ -246,13 +252,14 @@ def _frozen(
 
 @triton.jit
 def forgetting_attention_forward_kernel(
-    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, score_scale, T, S, H, N, num_tiles, num_heads, section,
-    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
+    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, score_scale, T, S, H, N, num_tiles,
+    num_heads, section, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,
+    v_stride_s, o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ANCHOR: tl.constexpr,
-    LARGEST_SUM: tl.constexpr,
+    LARGEST_SUM: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
+    """With MARKED only the tiles that gluon_forward.py marked, two marks a tile, all by a running maximum."""
     EXACT: tl.constexpr = PRECISION != "tf32"
     # 1. Which tile is this program's? Heads go in sections whose keys and values fit the L2 cache; within a section
     # the last queries, which have the most keys, start first.
@@ -266,6 +273,10 @@ def forgetting_attention_forward_kernel(
     kv_head = head // G
     row = batch_head.to(tl.int64)
     offset = S - T
+    if MARKED:
+        mark = marks_ptr + 2 * (row * num_tiles + start_t // BLOCK_T)
+        if (tl.load(mark) == 0) & (tl.load(mark + 1) == 0):
+            return
     q = at_head(q, batch, head, q_stride_b, q_stride_h, DESCRIPTORS)
     k = at_head(k, batch, kv_head, k_stride_b, k_stride_h, DESCRIPTORS)
     v = at_head(v, batch, kv_head, v_stride_b, v_stride_h, DESCRIPTORS)
@@ -288,14 +299,15 @@ def forgetting_attention_forward_kernel(
     ref_low = ref_start_low + ref_within_low
 
     # 3. The diagonal gives every row a maximum.
+    begin = first_tile if MARKED else tl.maximum(diagonal, first_tile)
     acc, row_max, row_sum = _online(
         query, k, v, batch, kv_head, k_stride_s, v_stride_s, within_ptr, starts_ptr, within_low, starts_low, ref_start,
-        ref_within, ref_low, first_key_ptr, start_t, tl.maximum(diagonal, first_tile), end, T, S, score_scale, EXACT,
-        D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
+        ref_within, ref_low, first_key_ptr, start_t, begin, end, T, S, score_scale, EXACT, D, BLOCK_D, BLOCK_T,
+        BLOCK_S, PRECISION, DESCRIPTORS,
     )  # fmt: skip
 
     # 4. All other keys take it as given.
-    if first_tile < diagonal:
+    if not MARKED and (first_tile < diagonal):
         sees_none = row_max == float("-inf")
         highest_row = tl.max(row_max, axis=0)
         lowest_row = tl.min(tl.where(sees_none, highest_row, row_max), axis=0)
@@ -378,6 +390,18 @@ def use_descriptors(arch: int, *tensors: torch.Tensor) -> bool:
     )
 
 
+def use_gluon(arch: int, q: torch.Tensor, smallest_dim: int) -> bool:
+    """Whether the kernels in Gluon take these queries; FOX_KERNELS_GLUON=0 leaves all to their twins in Triton."""
+    return (
+        gluon_forward is not None
+        and os.environ.get("FOX_KERNELS_GLUON", "1") != "0"
+        and arch == 90
+        and q.dtype == torch.bfloat16
+        and smallest_dim <= q.shape[-1] <= 128
+        and q.shape[2] >= 128
+    )
+
+
 def descriptor(x: torch.Tensor, rows: int, dim: int) -> "TensorDescriptor":
     """A `(B, H, L, D)` tensor to be read in tiles of `rows` by `dim`, zeros outside of it."""
     # The step of a dimension of size 1 may be anything, but the hardware wants multiples of 16 bytes.
@@ -409,21 +433,28 @@ def forward(
     tiles = tiles or forward_tiles(dim, q.element_size(), arch, num_queries)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    num_tiles = triton.cdiv(num_queries, tiles.block_t)
+    num_tiles = -(-num_queries // tiles.block_t)
     block_d = padded_head_dim(dim)
     descriptors = use_descriptors(arch, q, k, v, out)
+    section = heads_in_l2(num_keys, dim, q.element_size())
+    largest_sum = LARGEST_SUM_FLOAT16 if q.dtype == torch.float16 else LARGEST_SUM
+    marks = None
+    if descriptors and use_gluon(arch, q, smallest_dim=65):
+        marks = torch.empty(batch, num_heads, num_tiles, 2, dtype=torch.int32, device=q.device)
+        gluon_forward.forward(
+            q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, tiles.block_t
+        )
     tensors = (q, k, v, out)
     if descriptors:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
         tensors = [descriptor(x, n, block_d) for x, n in zip(tensors, rows, strict=True)]
     forgetting_attention_forward_kernel[(num_tiles * batch * num_heads,)](
-        *tensors, sums.within, sums.starts, first_key, lse, scale * LOG2_E, num_queries, num_keys, num_heads,
-        sums.starts.shape[-1], num_tiles, batch * num_heads, heads_in_l2(num_keys, dim, q.element_size()),
+        *tensors, sums.within, sums.starts, first_key, lse, first_key if marks is None else marks, scale * LOG2_E,
+        num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], sums.within.stride(0),
         sums.starts.stride(0), G=num_heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_T=tiles.block_t,
         BLOCK_S=tiles.block_s, PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, DESCRIPTORS=descriptors,
-        ANCHOR=q.dtype == torch.bfloat16,
-        LARGEST_SUM=LARGEST_SUM_FLOAT16 if q.dtype == torch.float16 else LARGEST_SUM, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        ANCHOR=q.dtype == torch.bfloat16, LARGEST_SUM=largest_sum, MARKED=marks is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
