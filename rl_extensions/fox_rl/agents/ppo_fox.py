@@ -40,7 +40,7 @@ class Options:
     total_steps: int = option(133_120, "environment steps over all processes")
     window: int = option(52, "steps of each environment between two updates")
     context_steps: int = option(0, "steps before the window that the policy reads again, without loss")
-    learning_rate: float = option(1e-3, "of AdamW; kron takes a third, see fox_training.optimizers")
+    learning_rate: float = option(1e-3, "of AdamW, falls to 0 in a line; kron takes a third, see fox_training")
     optimizer: str = option("adamw", "adamw, radam or kron")
     discount: float = option(0.99, "gamma")
     gae_decay: float = option(0.95, "lambda")
@@ -119,6 +119,7 @@ class Agent:
             options.optimizer != "kron"
         ) else build_optimizer("kron", self.policy.parameters(), options.learning_rate)  # fmt: skip
         self.model, self.optimizer = accelerator.prepare(self.policy, optimizer)
+        self.peak_learning_rate = self.optimizer.param_groups[0]["lr"]
         seed = options.seed + 1 + accelerator.process_index
         common.seed_everything(seed)
         self.steps_per_update = options.num_envs * options.window * accelerator.num_processes
@@ -157,6 +158,11 @@ class Agent:
             self.observation, self.is_init = torch.as_tensor(self.envs.reset()[0]), torch.ones_like(self.is_init)
             self.context = ([], [])
         common.restore_random(state["random"])
+
+    def set_learning_rate(self) -> None:
+        """Linear decay over the updates: a policy that has learned must not be shaken off it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_learning_rate * (1.0 - self.update / self.num_updates)
 
     def act(self, cache, observation: Tensor, is_init: Tensor):
         """`policy.act` in eval mode and on the device."""
@@ -291,6 +297,7 @@ def train(options: Options, quiet: bool = False) -> Agent:
     done = agent.update * agent.steps_per_update
     with common.Log(folder if is_main else None, options.total_steps, done, quiet or not is_main) as log:
         while agent.update < agent.num_updates:
+            agent.set_learning_rate()
             losses = learn(agent, collect(agent))
             agent.update += 1
             sparsity = {} if agent.pruner is None else {"sparsity": agent.pruner.sparsity()}
