@@ -242,6 +242,19 @@ def test_packed_sequences_compile_into_one_graph():
 
 
 @pytest.mark.gpu
+def test_gpu_packed_gradients_are_bitwise_reproducible_if_asked():
+    inputs, (cu, _) = packed_inputs([700, 100, 1500], device="cuda", dtype=torch.bfloat16, dim=64)
+    grad_out = torch.randn(inputs[0].shape, device="cuda")
+    first, *others = (
+        output_and_gradients(lambda *x: forgetting_attention_varlen(*x, cu, deterministic=True), inputs, grad_out)
+        for _ in range(4)
+    )
+    for again in others:
+        for x, y in zip(again, first, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
 def test_gpu_a_cuda_graph_replays_other_boundaries():
     """Nothing of a packed call looks at the boundaries on the host, unless it is asked to check them."""
     inputs, (cu, _) = packed_inputs([700, 100, 1500], device="cuda", dtype=torch.bfloat16, dim=64)

@@ -22,6 +22,7 @@ def forgetting_attention_varlen(
     pruning_rule: str = "paper",
     logit_bound: float | torch.Tensor | None = None,
     window: int | None = None,
+    deterministic: bool | None = None,
     return_stats: bool = False,
     check_boundaries: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, PruningStats]:
@@ -55,6 +56,7 @@ def forgetting_attention_varlen(
         pruning_rule: `"paper"` or `"tight"`.
         logit_bound: A float or `(H,)`.
         window: A query sees at most so many keys, its own included. Default: None, all of its sequence before it.
+        deterministic: See `forgetting_attention`.
         return_stats: Also return `PruningStats` over all sequences; only with as many queries as keys.
         check_boundaries: Also check the values of the boundaries on a GPU, which waits for it. On a CPU they are
             always checked. Wrong boundaries that are not checked give undefined outputs.
@@ -74,7 +76,7 @@ def forgetting_attention_varlen(
         _check_values(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
     options = dict(
         scale=scale, log_pruning_tolerance=log_pruning_tolerance, pruning_rule=pruning_rule, logit_bound=logit_bound,
-        window=window,
+        window=window, deterministic=deterministic,
     )  # fmt: skip
     if q.shape[0] != k.shape[0]:
         if return_stats:
