@@ -90,7 +90,8 @@ def test_the_triton_kernels_see_only_their_own_sequence(device, poisoned_memory)
     within, starts, first = triton_gates.prepare(log_fgate, None, q.shape[2], 40, cu)
     sums, scale = GateSums(within, starts), q.shape[-1] ** -0.5
     out, lse = triton_forward.forward(q, k, v, sums, first, scale, tiles[0])
-    *grads, columns = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first, scale, *tiles)
+    options = dict(query_tiles=tiles[0], key_tiles=tiles[1])
+    *grads, columns = triton_backward.backward(grad_out, q, k, v, out, lse, sums, first, scale, **options)
     got = [out, *grads, triton_gates.gate_gradient(columns, log_fgate, cu)]
     for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
         assert_as_accurate_as_torch(x[0].transpose(0, 1).cpu(), y, z, name=name)
