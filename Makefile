@@ -1,6 +1,7 @@
 # make demo    a small FoX (Pro) learns real text on a CPU, is saved, reloaded and generates: about 8 minutes with installation
 # make test    the test suite on a CPU
 # make check   what CI runs: style, structure, tests, Triton kernels interpreted and compiled ahead
+# make suite   the tests that Transformers has for its own models, all of them that can be had: about 10 minutes
 # make test-tasks    TRL, lm-eval, torchao and bitsandbytes on FoX: installs 600 MB for it
 # make test-gpu, make bench    on a machine with a CUDA device, in the current environment
 
@@ -12,7 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 
-.PHONY: demo test test-tasks check style test-triton compile-ahead test-gpu bench format clean
+.PHONY: demo test suite test-tasks check style test-triton compile-ahead test-gpu bench format clean
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -q
+
+suite: $(VENV)/installed
+	$(BIN)/python tests/transformers_suite.py --required -n $(WORKERS)
 
 $(VENV)/tasks-installed: $(VENV)/installed
 	$(RUN) pip install --quiet --disable-pip-version-check -e ".[dev,tasks]"
