@@ -114,7 +114,10 @@ ROWS = {
             "tasks_plans",
             ["two_processes_compute_and_generate_what_one_does"],
         ),
-        "`torch.export`": ("modeling_placement", ["exported_it_computes_the_same"]),
+        "`torch.export` of prompts, without a cache": (
+            "tasks_export",
+            ["saved_and_loaded_it_computes_prompts_of_any_size"],
+        ),
     },
     "the Hub": {
         "with the code: loads without this package": (

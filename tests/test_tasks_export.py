@@ -1,0 +1,21 @@
+"""`torch.export` takes a whole FoX with its operator; with `sdpa` it is tested in test_modeling_placement.py."""
+
+import torch
+
+from helpers import random_tokens, tiny_fox
+
+
+@torch.no_grad()
+def test_saved_and_loaded_it_computes_prompts_of_any_size(tmp_path):
+    model = tiny_fox(attn_implementation="fox_acp", log_pruning_tolerance=-10.0)
+    sizes = {0: torch.export.Dim("batch", min=1, max=8), 1: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(
+        model, (), {"input_ids": random_tokens(2, 12), "use_cache": False},
+        dynamic_shapes={"input_ids": sizes, "use_cache": None}, strict=False,
+    )  # fmt: skip
+    torch.export.save(program, tmp_path / "fox.pt2")
+    loaded = torch.export.load(tmp_path / "fox.pt2").module()
+    for shape in ((1, 2), (3, 31), (8, 64)):
+        tokens = random_tokens(*shape)
+        expected = model(tokens, use_cache=False).logits
+        torch.testing.assert_close(loaded(input_ids=tokens, use_cache=False).logits, expected, rtol=0, atol=1e-5)
