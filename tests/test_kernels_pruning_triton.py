@@ -21,6 +21,7 @@ SHAPES = [
 
 # Groups of keys that norms alone drop, and some that count by their means.
 FAR_GROUPS = pytest.param(dict(queries=200, keys=1600, batch=1, heads=3, dim=32), id="far-groups")
+WIDE = pytest.param(dict(queries=100, keys=1100, batch=1, heads=2, kv_heads=1, dim=136), id="wide")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -92,7 +93,7 @@ def test_what_is_not_a_number_prunes_nothing(hole, device):
         pytest.param(torch.float32, True, id="float32-bound-measured"),
     ],
 )
-@pytest.mark.parametrize("shape", [*SHAPES, FAR_GROUPS])
+@pytest.mark.parametrize("shape", [*SHAPES, FAR_GROUPS, WIDE])
 def test_tight_rule_gives_the_keys_of_the_definition(shape, measured, dtype, device, poisoned_memory):
     q, k, _, log_fgate = attention_inputs(**shape, gate_logits=(0.0, 8.0), dtype=dtype)
     heads, keys = log_fgate.shape[1:]
@@ -110,7 +111,9 @@ def test_tight_rule_gives_the_keys_of_the_definition(shape, measured, dtype, dev
     expected = pruning.prune(*tensors, rule="tight", logit_bound=bound, **options)
     expected_mass = pruning.tight_rule(*tensors, logit_bound=bound, **options)[1]
     assert (expected >= paper).all() and (expected > paper).any()
-    q, k = (x.to(device).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    # A transposed layout, and what lies beyond a row is not read.
+    wide = (torch.nn.functional.pad(x, (0, 120), value=math.nan).to(device) for x in (q, k))
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2)[..., : q.shape[-1]] for x in wide)
     got, mass = triton_pruning.tight_rule(
         q, k, type(tensors[2])(*(x.to(device) for x in tensors[2])), tensors[3].to(device), key_start.to(device),
         logit_bound=None if measured else bound.to(device), **options,

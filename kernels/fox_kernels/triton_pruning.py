@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import GateSums
-from .tile_sizes import padded_head_dim
+from .tile_sizes import architecture, padded_head_dim
 
 # Of a product q . k relative to ||q|| ||k||, as in pruning.py.
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
@@ -317,12 +317,16 @@ def _least_log_sum(
     total = tl.zeros([BLOCK_T], tl.float32)
 
     # 1. The keys of the rows themselves, half of them at a time.
-    halves = tl.split(tl.trans(tl.reshape(since, [2, BLOCK_S])))
-    for half in tl.static_range(0, 2):
+    lower, upper = tl.split(tl.trans(tl.reshape(since, [2, BLOCK_S])))
+    for half in tl.range(0, 2, num_stages=1):
         s = first + half * BLOCK_S + tl.arange(0, BLOCK_S)
         visible = (s >= first_visible) & (s < S)
         score = _scores(q, q_ptr, t, full, q_stride, k_ptr, s, visible, k_stride, D, BLOCK_D, CHUNK_D, PRECISION)
-        exponent = tl.where(s[None, :] <= t_key[:, None], score * scale_bits - halves[half][None, :], float("-inf"))
+        exponent = tl.where(
+            s[None, :] <= t_key[:, None],
+            score * scale_bits - tl.where(half == 0, lower, upper)[None, :],
+            float("-inf"),
+        )
         largest, total = _add_weights(largest, total, exponent, 1.0)
 
     # 2. The block before them.
@@ -337,9 +341,7 @@ def _least_log_sum(
     # 3. The groups before it, as if all keys were their mean and decayed as the first of them.
     group = (end - 1) // (GATE_BLOCK // BLOCK_S) - CENTERS + tl.arange(0, CENTERS)
     valid = (group >= 0) & (group * GATE_BLOCK >= cut)
-    score = _scores(
-        q, q_ptr, t, full, q_stride, center_ptr, group, valid, BLOCK_D, BLOCK_D, BLOCK_D, CHUNK_D, PRECISION
-    )
+    score = _scores(q, q_ptr, t, full, q_stride, center_ptr, group, valid, BLOCK_D, D, BLOCK_D, CHUNK_D, PRECISION)
     first_high = lam_first.to(tl.float32)
     first_low = (lam_first - first_high.to(tl.float64)).to(tl.float32)
     decay = first_high - tl.load(starts_ptr + group, mask=valid, other=0.0)
@@ -628,13 +630,15 @@ def tight_rule(
     dropped = torch.empty(batch, num_heads, num_blocks, dtype=torch.int32, device=q.device)
     mass = torch.empty(batch, num_heads, num_blocks, dtype=torch.float32, device=q.device)
     chunk_d = min(block_d, 256 // q.element_size())
+    # Compiled for sm_80 and sm_100, 8 warps never spill; 4 do not on Hopper, and leave room for two programs.
+    num_warps = 4 if architecture(q.device) == 90 and block_d == chunk_d else 8
     tight_rule_kernel[(rows * num_blocks,)](
         q, k, *sums, first_visible, bound, norm, spread, center, ends, decay, dropped, mass, scale,
         math.log(num_keys) - log_tolerance, log_tolerance, num_queries, num_keys, num_groups, num_blocks, batch,
         num_heads, num_kv_heads, *lows, *bound_strides, *q.stride()[:3], *k.stride()[:3],
         HAS_BOUND=logit_bound is not None, DOT_ERROR=DOT_ERROR[q.dtype], CENTER_ERROR=CENTER_ERROR[q.dtype],
         CENTERS=CENTERS, D=dim, BLOCK_D=block_d, CHUNK_D=chunk_d, PRECISION=_precision(), WIDTH=256, AT_ONCE=8,
-        STAGES=3, num_warps=8,
+        STAGES=3, num_warps=num_warps,
     )  # fmt: skip
     first_key = torch.empty_like(first_visible)
     first_keys_kernel[(rows, -(-num_blocks // ROW_BLOCKS))](
