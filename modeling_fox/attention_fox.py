@@ -521,6 +521,27 @@ def find_document_starts(
     return starts
 
 
+def positions_of_documents(cu_seq_lens: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its document, `(1, T)` int64.
+
+    Args:
+        cu_seq_lens: `(documents + 1,)`, where each document starts in the one row of tokens, and where the last ends.
+
+    Raises:
+        ValueError: If there are several rows, or lengths that do not start at 0 in one dimension.
+    """
+    batch, num_tokens = inputs_embeds.shape[:2]
+    if batch != 1 or cu_seq_lens.dim() != 1:
+        raise ValueError(
+            "`cu_seq_lens_q` must be one list of boundaries for one row of tokens; got the shape "
+            f"{tuple(cu_seq_lens.shape)} for {batch} rows. Put all documents into one row, or pass `position_ids`."
+        )
+    position = torch.arange(num_tokens, device=inputs_embeds.device)
+    boundaries = cu_seq_lens.to(position)
+    document = torch.searchsorted(boundaries, position, right=True) - 1
+    return (position - boundaries[document])[None]
+
+
 def padding_of_new_tokens(config, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
     """The last T columns of a `(B, S)` mask, or `None` if no new token is padding or that is not known.
 

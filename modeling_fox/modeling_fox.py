@@ -41,6 +41,7 @@ from .attention_fox import (
     eager_attention_forward,
     flex_attention_forward,
     make_masks,
+    positions_of_documents,
     sdpa_attention_forward,
 )
 from .cache_fox import prepare_cache
@@ -425,7 +426,8 @@ class FoxModel(FoxPreTrainedModel):
         r"""
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Only read for packed documents and with `use_rope`. Where they do not go on by one a document starts,
-            which sees nothing before it. Packing needs `use_cache=False`.
+            which sees nothing before it. Packing needs `use_cache=False`. Without them `cu_seq_lens_q`, the
+            boundaries of the documents in one row, says the same.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("`input_ids` or `inputs_embeds` must be given; got neither or both. Pass exactly one.")
@@ -438,6 +440,8 @@ class FoxModel(FoxPreTrainedModel):
 
         # In a pipeline the layers of other stages are identities, whose part of the cache stays empty.
         own = next((idx for idx, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_of_documents(kwargs["cu_seq_lens_q"], inputs_embeds)
         masks = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, own)
         num_tokens = inputs_embeds.shape[1]
         # In a static cache this is a tensor that the layers below count up.

@@ -1,0 +1,108 @@
+"""What a FoX model may be given and asked for beside tokens: each against the plain forward of the same text."""
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening
+
+from helpers import random_tokens, tiny_fox
+from modeling_fox.attention_fox import FOX_BACKENDS
+
+DENSE = ["eager", "sdpa", "fox_acp"]
+
+
+@pytest.fixture
+def documents():
+    return [random_tokens(1, length, seed=length) for length in (9, 1, 14)]
+
+
+@torch.no_grad()
+def alone(model, documents):
+    return torch.cat([model(tokens, use_cache=False).logits for tokens in documents], dim=1)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@pytest.mark.parametrize("options", [{}, {"use_rope": True}], ids=["pro", "rope"])
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens", "both"])
+@torch.no_grad()
+def test_packed_documents_are_as_if_alone(given, options, backend, documents):
+    model = tiny_fox(attn_implementation=backend, **options)
+    features = [{"input_ids": tokens[0].tolist()} for tokens in documents]
+    batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)(features)
+    batch.pop("labels")
+    if given == "position_ids":
+        batch = {name: batch[name] for name in ("input_ids", "position_ids")}
+    elif given == "cu_seq_lens":
+        batch.pop("position_ids")
+    got = model(**batch, use_cache=False).logits
+    torch.testing.assert_close(got, alone(model, documents), rtol=0, atol=1e-4)
+
+
+def test_boundaries_are_for_one_row(documents):
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` must be one list of boundaries .* \(3,\) for 2 rows"):
+        tiny_fox()(random_tokens(2, 6), cu_seq_lens_q=torch.tensor([0, 2, 6]), use_cache=False)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_are_as_if_alone(side, backend, documents):
+    model = tiny_fox(attn_implementation=backend)
+    length = max(tokens.shape[1] for tokens in documents)
+    rows, masks = [], []
+    for tokens in documents:
+        missing = length - tokens.shape[1]
+        pad = (missing, 0) if side == "left" else (0, missing)
+        rows.append(torch.nn.functional.pad(tokens, pad))
+        masks.append(torch.nn.functional.pad(torch.ones_like(tokens), pad))
+    mask = torch.cat(masks)
+    got = model(torch.cat(rows), attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(got[mask.bool()][None], alone(model, documents), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_embeddings_stand_for_tokens():
+    model, tokens = tiny_fox(), random_tokens(2, 12)
+    embeddings = model.get_input_embeddings()(tokens)
+    assert torch.equal(model(inputs_embeds=embeddings).logits, model(tokens).logits)
+    text = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=False), text[:, 12:])
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_that_the_output_is_made_of():
+    model, tokens = tiny_fox(attn_implementation="eager", num_key_value_heads=4), random_tokens(2, 12)
+    attention, seen = model.model.layers[1].self_attn, {}
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(output=args[0]))
+    attention.v_proj.register_forward_hook(lambda module, args, out: seen.update(value=out))
+    attention.v_shift_proj.register_forward_hook(lambda module, args, out: seen.update(shift=out))
+    attention.ogate_proj.register_forward_hook(lambda module, args, out: seen.update(gate=out))
+    weights = model(tokens, output_attentions=True, use_cache=False).attentions
+    assert [tuple(x.shape) for x in weights] == [(2, 4, 12, 12)] * 2
+    assert torch.equal(weights[1], weights[1].tril())
+    torch.testing.assert_close(weights[1].sum(-1), torch.ones(2, 4, 12))
+    value = seen["value"].view(2, 12, 4, 16)
+    before = torch.nn.functional.pad(value, (0, 0, 0, 0, 1, 0))[:, :-1]
+    value = torch.lerp(value, before, seen["shift"].sigmoid()[..., None])
+    mixed = torch.einsum("bhts,bshd->bthd", weights[1], value)
+    expected = attention.output_norm(mixed).reshape(2, 12, 64) * seen["gate"].sigmoid()
+    torch.testing.assert_close(seen["output"], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_between_the_layers():
+    model, tokens = tiny_fox(), random_tokens(2, 12)
+    states = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(states) == 3 and torch.equal(states[0], model.get_input_embeddings()(tokens))
+    layers = model.model.layers
+    assert torch.equal(layers[0](states[0]), states[1])
+    torch.testing.assert_close(model.model.norm(layers[1](states[1])), states[2])
+    assert torch.equal(model.lm_head(states[2]), model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    "name", ["flash_attention_2", "flash_attention_3", "paged|sdpa", "someone/kernel", "nonsense"]
+)
+def test_backends_without_gates_are_refused_with_the_list_of_those_with(name):
+    with pytest.raises(ValueError, match="no place for the forget gates") as error:
+        tiny_fox().set_attn_implementation(name)
+    assert all(backend in str(error.value) for backend in FOX_BACKENDS)
