@@ -45,13 +45,13 @@ def digits(num_images: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(images[:num_images] / 16.0, dtype=torch.float32), torch.tensor(labels[:num_images])
 
 
-def run(arm: str, seed: int, labellings: int, epochs: int, init: str, blocks: int = 10, width: int = 128) -> dict:
+def run(arm: str, seed: int, labellings: int, options: argparse.Namespace, blocks: int = 10, width: int = 128) -> dict:
     """Accuracy at the end of each labelling, gradient norm of the first layer relative to the last, seconds."""
     torch.manual_seed(seed)
     skip, optimizer_name = ARMS[arm]
     trunk = MultiSkipMLP(64, width, width, blocks, skip=skip, norm=False)
     model = nn.Sequential(trunk, nn.ReLU(), nn.Linear(width, 10))
-    if init == "pytorch":
+    if options.init == "pytorch":
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
@@ -61,8 +61,8 @@ def run(arm: str, seed: int, labellings: int, epochs: int, init: str, blocks: in
     for labelling in range(labellings):
         if labelling:
             labels = labels[torch.randperm(len(labels))]
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(labels)).split(32):
+        for _ in range(options.epochs):
+            for chosen in torch.randperm(len(labels)).split(options.batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
                 optimizer.step()
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         default="orthogonal",
         help="orthogonal of gain sqrt(2) as published, or that of nn.Linear (default: orthogonal)",
     )
+    parser.add_argument("--batch-size", type=int, default=128, help="images of an update (default: 128)")
     parser.add_argument("--quick", action="store_true", help="one seed and two labellings")
     options = parser.parse_args(argv)
     seeds, labellings = (1, 2) if options.quick else (options.seeds, options.labellings)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     for arm in options.arms:
         results = []
         for seed in range(seeds):
-            results.append(run(arm, seed, labellings, options.epochs, options.init))
+            results.append(run(arm, seed, labellings, options))
             shown = " ".join(f"{x:.3f}" for x in results[-1]["accuracy"])
             print(f"{arm} seed {seed}: {shown}  gradient first/last {results[-1]['ratio']:.2e}", flush=True)
         accuracy = np.array([r["accuracy"] for r in results])
