@@ -25,7 +25,7 @@ WORTH_THEIR_SPILLS = {
     ("gluon_backward_kernel", 128, "sm_90"): 100,
 }
 
-HOPPER = [("gluon_forward_kernel", 128), ("gluon_backward_kernel", 64), ("gluon_backward_kernel", 128)]
+HOPPER = [(f"gluon_{name}_kernel", dim) for name in ("forward", "backward") for dim in (64, 128)]
 CASES = [("bfloat16", dim, target) for dim in (64, 128, 256) for target in SHARED_MEMORY]
 CASES += [("float32", 64, "sm_90")]
 

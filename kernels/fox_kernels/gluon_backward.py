@@ -9,8 +9,8 @@ so that one multiplies while the other takes exponentials:
 
 dq is a sum over all keys, which many programs hold. Each warpgroup multiplies half of its channels by the dS of both,
 and the tensor memory accelerator adds that to dq in the L2 cache, in float32 and in any order: the last bits of dq
-differ from run to run. The residue of the rows (see triton_backward.py) is summed by blocks of 16 queries and shared
-out evenly among them.
+differ from run to run. So is the residue of the rows (see triton_backward.py), which is taken from the sums of dS over
+queries at the end.
 """
 
 import torch
@@ -47,8 +47,34 @@ BLOCK = gl.constexpr(GATE_BLOCK)
 KEYS = gl.constexpr(128)  # of a program
 PART = gl.constexpr(64)  # keys of a warpgroup
 ROWS = gl.constexpr(64)  # queries of a step
-RESIDUE_ROWS = gl.constexpr(16)  # queries whose residue is summed
 SLOTS = gl.constexpr(4)  # of dS: the other warpgroup is done with the one that is written
+
+
+def _transposing_sum() -> str:
+    """PTX that sums 16 values over the 8 threads that differ in the upper bits of their lane, 2 of the sums a thread.
+
+    Each of three steps halves what a thread holds: it keeps one half, gives the other to the thread that differs in
+    one bit, and adds what that one gives. A thread ends with the sums of 2 neighbours, and a warp writes 64 in a row.
+    """
+    code = ["{", ".reg .pred upper;", ".reg .b32 lane, bit;", ".reg .b64 at;", ".reg .f32 sent, kept<14>;"]
+    code.append("mov.u32 lane, %laneid;")
+    values, count = [f"${16 + i}" for i in range(16)], 0
+    for bit in (16, 8, 4):
+        code.append(f"and.b32 bit, lane, {bit}; setp.ne.u32 upper, bit, 0;")
+        half = len(values) // 2
+        kept = [f"kept{count + i}" for i in range(half)]
+        for low, high, mine in zip(values[:half], values[half:], kept, strict=True):
+            code.append(f"selp.f32 sent, {low}, {high}, upper; selp.f32 {mine}, {high}, {low}, upper;")
+            code.append(f"shfl.sync.bfly.b32 sent, sent, {bit}, 31, 0xffffffff; add.f32 {mine}, {mine}, sent;")
+        values, count = kept, count + half
+    code.append("mul.wide.u32 at, lane, 8; add.s64 at, at, $32;")
+    code.append(f"red.relaxed.gpu.global.add.v2.f32 [at], {{{values[0]}, {values[1]}}};")
+    code += [f"mov.b32 ${i}, 0;" for i in range(16)]
+    return " ".join([*code, "}"])
+
+
+TRANSPOSING_SUM = gl.constexpr(_transposing_sum())
+OPERANDS = gl.constexpr(",".join(["=r"] * 16 + ["f"] * 16 + ["l"] * 16))
 
 
 @gluon.jit
@@ -123,14 +149,28 @@ def _d_weights(grad_out, value, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _parts(d_score):
-    """What a thread of a warpgroup holds of 16 queries, summed: (warp, key, block of 16 queries, thread of four)."""
-    return gl.sum(gl.sum(gl.reshape(d_score, [4, 16, ROWS // RESIDUE_ROWS, 2, 4, 2]), 5), 3)
+def _by_key(d_score):
+    """Sums over queries, as far as each thread holds them: (warp, key, thread of four)."""
+    return gl.sum(gl.sum(gl.reshape(d_score, [4, 16, ROWS // 8, 4, 2]), 4), 2)
+
+
+@gluon.jit
+def _add_by_query(d_score, residue_ptr):
+    """Add the sums over the keys of each warp to `residue_ptr` of 64 queries.
+
+    In the layout of a product a thread holds 16 queries of its 2 keys, and 8 threads with other keys the same ones.
+    See `_transposing_sum`: 14 exchanges and one addition to memory a thread, where a reduction of each query by itself
+    takes 48 and 16.
+    """
+    pairs = gl.sum(gl.reshape(d_score, [4, 2, 8, ROWS]), 1)
+    PAIRS: gl.constexpr = pairs.type.layout
+    address = gl.full(pairs.shape, residue_ptr.to(gl.int64), gl.int64, layout=PAIRS)
+    gl.inline_asm_elementwise(TRANSPOSING_SUM, OPERANDS, [pairs, address], dtype=gl.int32, is_pure=False, pack=16)
 
 
 @gluon.jit
 def _softmax(
-    score, d_p, column_sum, step, start, to_key, s, bits_tile, delta_tile, d_score_tile, first_key_ptr, totals_ptr,
+    score, d_p, column_sum, step, start, to_key, s, bits_tile, delta_tile, d_score_tile, first_key_ptr, residue_ptr,
     full_begin, full_end, T, S, score_scale, GROUP: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
     OPERAND: gl.constexpr,
 ):  # fmt: skip
@@ -146,13 +186,8 @@ def _softmax(
         score = gl.where(seen, score, float("-inf"))
     p = gl.exp2(score)
     d_score = p * (d_p - delta[None, :])
-    parts = _parts(d_score)
-    column_sum += gl.sum(parts, 2)
-    totals = gl.sum(parts, 1)
-    TOTALS: gl.constexpr = totals.type.layout
-    group = gl.arange(0, ROWS // RESIDUE_ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, TOTALS)))
-    at = gl.zeros(totals.shape, gl.int32, layout=TOTALS) + group[None, :, None]
-    gl.atomic_add(totals_ptr + start // RESIDUE_ROWS + at, totals, sem="relaxed")
+    column_sum += _by_key(d_score)
+    _add_by_query(d_score, residue_ptr + start)
     narrow = d_score.to(gl.bfloat16)
     d_score_tile.index(step % SLOTS).slice(GROUP * PART, PART, dim=0).store(narrow)
     fence_async_shared()
@@ -183,7 +218,7 @@ def _add_dq(dq, part, dq_tile, batch, head, start, GROUP: gl.constexpr, D: gl.co
 @gluon.jit
 def _keys(
     dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-    k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
+    k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
     tile, num_tiles, score_scale, scale, H, T, S, padded,
     GROUP: gl.constexpr, G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -217,8 +252,8 @@ def _keys(
         to_key = gl.load(within + last) - gl.load(within + s, mask=s < S, other=float("inf"))
         to_key += gl.load(within + within_low + last) - gl.load(within + within_low + s, mask=s < S, other=0.0)
         first_key = first_key_ptr + row * T
-        totals = totals_ptr + row * (padded // RESIDUE_ROWS)
-        column_sum = gl.sum(_parts(gl.zeros([PART, ROWS], gl.float32, layout=SCORES)), 2)
+        residue = residue_ptr + row * padded
+        column_sum = _by_key(gl.zeros([PART, ROWS], gl.float32, layout=SCORES))
         if count > 0:
             stage = step % STAGES
             mbarrier.wait(q_full.index(stage), (step // STAGES) & 1)
@@ -229,7 +264,7 @@ def _keys(
                 start = first + i * ROWS
                 p, d_score, column_sum = _softmax(
                     score, d_p, column_sum, step, start, to_key, s, bits_tile, delta_tile, d_score_tile, first_key,
-                    totals, full_begin, full_end, T, S, score_scale, GROUP, STAGES, SCORES, OPERAND,
+                    residue, full_begin, full_end, T, S, score_scale, GROUP, STAGES, SCORES, OPERAND,
                 )  # fmt: skip
                 stage = step % STAGES
                 after = (step + 1) % STAGES
@@ -263,7 +298,7 @@ def _keys(
             start = first + (count - 1) * ROWS
             p, d_score, column_sum = _softmax(
                 score, d_p, column_sum, step, start, to_key, s, bits_tile, delta_tile, d_score_tile, first_key,
-                totals, full_begin, full_end, T, S, score_scale, GROUP, STAGES, SCORES, OPERAND,
+                residue, full_begin, full_end, T, S, score_scale, GROUP, STAGES, SCORES, OPERAND,
             )  # fmt: skip
             stage = step % STAGES
             wait_turn(MINE)
@@ -298,13 +333,13 @@ def _keys(
 @gluon.jit
 def _keys_first(
     dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-    k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
+    k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
     tile, num_tiles, score_scale, scale, H, T, S, padded,
     G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _keys(
         dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-        k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
+        k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
         tile, num_tiles, score_scale, scale, H, T, S, padded, 0, G, D, STAGES,
     )  # fmt: skip
 
@@ -312,20 +347,20 @@ def _keys_first(
 @gluon.jit
 def _keys_second(
     dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-    k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
+    k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
     tile, num_tiles, score_scale, scale, H, T, S, padded,
     G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _keys(
         dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-        k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
+        k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
         tile, num_tiles, score_scale, scale, H, T, S, padded, 1, G, D, STAGES,
     )  # fmt: skip
 
 
 @gluon.jit
 def gluon_backward_kernel(
-    q, k, v, grad, dq, dk, dv, within_ptr, starts_ptr, first_key_ptr, delta_ptr, row_bits_ptr, refs_ptr, totals_ptr,
+    q, k, v, grad, dq, dk, dv, within_ptr, starts_ptr, first_key_ptr, delta_ptr, row_bits_ptr, refs_ptr, residue_ptr,
     column_sum_ptr, rows_ptr, score_scale, scale, T, S, H, N, M, padded, num_tiles, num_heads, section,
     within_low, starts_low, refs_low, rows_any,
     G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
@@ -369,13 +404,13 @@ def gluon_backward_kernel(
         [
             (_keys_first, (
                 dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full,
-                q_empty, k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any,
-                batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
+                q_empty, k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low,
+                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
             )),
             (_keys_second, (
                 dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full,
-                q_empty, k_full, within_ptr, first_key_ptr, totals_ptr, column_sum_ptr, rows_ptr, within_low, rows_any,
-                batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
+                q_empty, k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low,
+                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
             )),
             (_fetch, (
                 q, grad, q_tile, grad_tile, bits_tile, delta_tile, q_full, q_empty, row_bits_ptr, delta_ptr, refs_ptr,
@@ -390,10 +425,10 @@ def gluon_backward_kernel(
 
 @triton.jit
 def finish_dq_kernel(
-    sum_ptr, dq_ptr, totals_ptr, column_sum_ptr, scale, T, S, H, padded, stride_b, stride_h, stride_t,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, RESIDUE_ROWS: tl.constexpr,
+    sum_ptr, dq_ptr, residue_ptr, column_sum_ptr, scale, T, S, H, padded, stride_b, stride_h, stride_t,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Round dq, and take every row's share of its block's residue from the sums of dS over queries."""
+    """Round dq, and take the residue of every row from the sums of dS over queries."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -402,11 +437,9 @@ def finish_dq_kernel(
     x = tl.load(sum_ptr + (row * T + t)[:, None] * D + d[None, :], mask=mask, other=0.0) * scale
     at = dq_ptr + batch * stride_b + head * stride_h + t[:, None].to(tl.int64) * stride_t + d[None, :]
     tl.store(at, x.to(dq_ptr.dtype.element_ty), mask=mask)
-    block = t // RESIDUE_ROWS
-    rows = tl.minimum(T - block * RESIDUE_ROWS, RESIDUE_ROWS)
-    share = tl.load(totals_ptr + row * (padded // RESIDUE_ROWS) + block, mask=t < T, other=0.0) / rows.to(tl.float32)
+    residue = tl.load(residue_ptr + row * padded + t, mask=t < T, other=0.0)
     key = row * S + S - T + t
-    tl.store(column_sum_ptr + key, tl.load(column_sum_ptr + key, mask=t < T, other=0.0) - share, mask=t < T)
+    tl.store(column_sum_ptr + key, tl.load(column_sum_ptr + key, mask=t < T, other=0.0) - residue, mask=t < T)
 
 
 def backward(
@@ -434,7 +467,7 @@ def backward(
     width = padded_head_dim(dim)
     total = torch.zeros(batch, num_heads, num_queries, dim, dtype=torch.float32, device=q.device)
     padded = row_bits.shape[-1]
-    totals = torch.zeros(batch, num_heads, padded // RESIDUE_ROWS.value, dtype=torch.float32, device=q.device)
+    residue = torch.zeros(batch, num_heads, padded, dtype=torch.float32, device=q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     column_sum = torch.empty(batch, num_heads, num_keys, dtype=torch.float32, device=q.device)
     tensors = [
@@ -445,14 +478,14 @@ def backward(
         )
     ]  # fmt: skip
     gluon_backward_kernel[(num_tiles * batch * num_kv_heads,)](
-        *tensors, sums.within, sums.starts, first_key, delta, row_bits, refs, totals, column_sum,
+        *tensors, sums.within, sums.starts, first_key, delta, row_bits, refs, residue, column_sum,
         seen, scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], refs.shape[-1],
         padded, num_tiles, batch * num_kv_heads, section, sums.within.stride(0), sums.starts.stride(0),
         refs.stride(0), seen.stride(0), G=num_heads // num_kv_heads, D=width, STAGES=4 if width == 64 else 2,
         CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
     )  # fmt: skip
     finish_dq_kernel[(batch * num_heads, -(-num_queries // 64))](
-        total, dq, totals, column_sum, scale, num_queries, num_keys, num_heads, padded, *dq.stride()[:3],
-        D=dim, BLOCK_D=width, ROWS=64, RESIDUE_ROWS=RESIDUE_ROWS.value,
+        total, dq, residue, column_sum, scale, num_queries, num_keys, num_heads, padded, *dq.stride()[:3],
+        D=dim, BLOCK_D=width, ROWS=64,
     )  # fmt: skip
     return dq, dk, dv, column_sum

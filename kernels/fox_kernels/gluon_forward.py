@@ -1,4 +1,4 @@
-"""Forgetting attention, forward pass, in Gluon for Hopper: bfloat16 heads of 65 to 128 channels.
+"""Forgetting attention, forward pass, in Gluon for Hopper: bfloat16 heads of 33 to 128 channels.
 
 The mathematics and the numbers are those of triton_forward.py, its twin for everything else; what differs is who does
 what. A program has three partitions. One warp fetches tiles by the tensor memory accelerator. Two warpgroups own 64

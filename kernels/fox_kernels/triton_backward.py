@@ -394,7 +394,7 @@ def backward(
         G=q.shape[1] // k.shape[1], D=dim, BLOCK_D=padded_head_dim(dim), PRECISION=dot_precision(q.dtype),
         DESCRIPTORS=dim <= 128 and use_descriptors(arch, q, k, v, grad_out),
     )  # fmt: skip
-    if shared["DESCRIPTORS"] and not deterministic and use_gluon(arch, q, smallest_dim=33):
+    if shared["DESCRIPTORS"] and not deterministic and use_gluon(arch, q):
         delta, row_bits, refs = _launch_rows(grad_out, out, lse, sums, gluon_backward.ROWS.value, padded=True)
         seen = queries_of_key_tiles(first_key, k.shape[2], gluon_backward.KEYS.value)
         section = max(1, heads_in_l2(q.shape[2], dim, q.element_size()) // 2)

@@ -390,14 +390,14 @@ def use_descriptors(arch: int, *tensors: torch.Tensor) -> bool:
     )
 
 
-def use_gluon(arch: int, q: torch.Tensor, smallest_dim: int) -> bool:
+def use_gluon(arch: int, q: torch.Tensor) -> bool:
     """Whether the kernels in Gluon take these queries; FOX_KERNELS_GLUON=0 leaves all to their twins in Triton."""
     return (
         gluon_forward is not None
         and os.environ.get("FOX_KERNELS_GLUON", "1") != "0"
         and arch == 90
         and q.dtype == torch.bfloat16
-        and smallest_dim <= q.shape[-1] <= 128
+        and 33 <= q.shape[-1] <= 128
         and q.shape[2] >= 128
     )
 
@@ -439,7 +439,7 @@ def forward(
     section = heads_in_l2(num_keys, dim, q.element_size())
     largest_sum = LARGEST_SUM_FLOAT16 if q.dtype == torch.float16 else LARGEST_SUM
     marks = None
-    if descriptors and use_gluon(arch, q, smallest_dim=65):
+    if descriptors and use_gluon(arch, q):
         marks = torch.empty(batch, num_heads, num_tiles, 2, dtype=torch.int32, device=q.device)
         gluon_forward.forward(
             q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, tiles.block_t
