@@ -485,6 +485,21 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                "`cache_implementation` must not be 'quantized' for FoX: it has no place for the forget gates. "
+                "Use 'dynamic', 'static' or 'offloaded'."
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the pages of continuous batching hold keys and values only."""
+        raise ValueError(
+            "continuous batching is not for FoX: its pages have no place for the forget gates. Use `generate` with a "
+            "batch padded on the left."
+        )
+
     @can_return_tuple
     @auto_docstring
     def forward(

@@ -159,6 +159,9 @@ def test_a_prompt_may_be_compiled_too():
     torch._dynamo.reset()
 
 
-def test_quantized_cache_is_refused():
-    with pytest.raises((ValueError, ImportError)):
-        generate(model_of(), padded_batch(), cache_implementation="quantized")
+def test_caches_without_a_place_for_gates_are_refused_with_those_that_have_one():
+    model, inputs = model_of(), padded_batch()
+    with pytest.raises(ValueError, match="must not be 'quantized' for FoX: .* Use 'dynamic', 'static' or 'offloaded'"):
+        generate(model, inputs, cache_implementation="quantized")
+    with pytest.raises(ValueError, match="continuous batching is not for FoX: .* Use `generate` with a batch padded"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)
