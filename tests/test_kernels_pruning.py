@@ -331,7 +331,7 @@ def test_spread_and_mean_of_a_group_of_keys_hold_in_float64(kind, dtype):
         assert summaries.spread[0, :, 0].max() < 1 / 32 + 2 * pruning.SPREAD_ERROR[dtype]
     error = (summaries.center.double() * summaries.norm[..., None].double() - groups.mean(dim=3)).norm(dim=-1)
     allowed = (pruning.CENTER_ERROR[dtype] - pruning.DOT_ERROR[dtype]) * summaries.norm.double()
-    used = summaries.norm > 1e-15
+    used = summaries.norm > pruning.LEAST_NORM
     assert used.any() and (error <= allowed)[used].all()
 
 
@@ -343,6 +343,21 @@ def test_tight_rule_in_long_sequences(kind):
     loss, pruned = worst_loss(kind, 24, generator, scale=0.2, measured=True, **shape)
     assert pruned > 0.01
     assert (0.7 if kind == "edge" else 0.0) < loss <= 1.0
+
+
+@pytest.mark.parametrize("exponent", [-70, -45, 60])
+def test_tight_rule_with_keys_whose_squares_no_float32_holds(exponent):
+    """Keys of a size of 2^exponent and queries as large as those are small: the same scores."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, log_fgate = random_cases("opposed", 24, generator, dtype=torch.bfloat16, queries=300, keys=1500)
+    q = 4 * q
+    visible = first_visible_key(log_fgate, None, 300)
+    first = prune(
+        q * 2.0**-exponent, k * 2.0**exponent, gate_sums(log_fgate), visible, None, scale=0.25, rule="tight",
+        log_tolerance=-10.0, logit_bound=measured_logit_bound(q, k, 0.25, None),
+    )  # fmt: skip
+    assert (first > 0).any()
+    assert float(lost_mass(q, k, log_fgate, first, scale=0.25).max()) <= math.exp(-10.0)
 
 
 @pytest.mark.gpu

@@ -33,6 +33,7 @@ CENTER_ERROR = {torch.float32: 2.0**-7, torch.float16: 2.0**-8, torch.bfloat16: 
 SPREAD_ERROR = {torch.float32: 2.0**-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
 ROW_ERROR = 2.0**-22
 SPREAD_DIM = 128  # wider heads do without
+LEAST_NORM = 2.0**-50  # smaller norms count as this: their squares underflow
 
 # Blocks of keys that the tight rule must be able to win before it looks at scores, and the least log of a tolerance:
 # below it float32 weights would underflow while they still count.
@@ -73,7 +74,7 @@ def prune(
 ) -> torch.Tensor:
     """First key that each query attends to after pruning, `(B, H, T)` int32, `>= first_visible`, never decreasing.
 
-    On a GPU one kernel for the paper's rule and two for the tight one, one more where the bound has to be measured.
+    On a GPU one kernel for the paper's rule, two where the bound has to be measured, and three for the tight rule.
     Nothing waits for the device.
 
     Args:
@@ -143,11 +144,11 @@ class _KeySummaries:
             padding = torch.arange(num_keys, device=k.device) < key_start[:, None]
             k = k.masked_fill(padding[:, None, :, None], 0.0)
         groups = torch.nn.functional.pad(k, (0, 0, 0, -num_keys % GATE_BLOCK)).unflatten(2, (-1, GATE_BLOCK)).float()
-        self.norm = groups.norm(dim=-1).amax(dim=-1)
+        self.norm = groups.norm(dim=-1).amax(dim=-1).clamp_(min=LEAST_NORM)
         last = (blocks.first + PRUNING_BLOCK_T).clamp_(max=num_keys) - 1
         self.largest = self.norm.cummax(dim=-1).values[..., last // GATE_BLOCK]
         square = self.norm * self.norm
-        usable = (square > 1e-30) & square.isfinite()
+        usable = (self.norm > LEAST_NORM) & square.isfinite()
         self.center = (groups.mean(dim=3) / self.norm[..., None]).where(usable[..., None], 0.0).to(k.dtype)
         self.spread = torch.ones_like(self.norm)
         if dim <= SPREAD_DIM:
@@ -208,7 +209,7 @@ def _block_bounds(q, scale, key_start, logit_bound, blocks, keys) -> torch.Tenso
     batch, num_heads, num_queries, _ = q.shape
     if logit_bound is not None:
         return logit_bound.float().expand(batch, num_heads)[..., None].expand(batch, num_heads, len(blocks.first))
-    q_norm = q.float().norm(dim=-1)
+    q_norm = q.float().norm(dim=-1).clamp_(min=LEAST_NORM)
     if key_start is not None:
         position = torch.arange(blocks.num_keys - num_queries, blocks.num_keys, device=q.device)
         q_norm = q_norm.masked_fill(position < key_start[:, None, None], 0.0)
@@ -255,7 +256,9 @@ def _least_log_sum(rows, q_norm, k, head, blocks, summaries, index, position, cu
     means -= (CENTER_ERROR[k.dtype] * error)[..., None]
     lam_group = blocks.at_group_start[b[:, None], h[:, None], group.clamp(min=0)]
     means += math.log2(GATE_BLOCK) + (lam[..., None] - lam_group[:, None]).float()
-    means.masked_fill_(((group < 0) | (group * GATE_BLOCK < cut[:, None]))[:, None], float("-inf"))
+    # Keys too small for their squares have no mean here.
+    hidden = (group < 0) | (group * GATE_BLOCK < cut[:, None]) | (summaries.norm[at] <= LEAST_NORM)
+    means.masked_fill_(hidden[:, None], float("-inf"))
     # What the products can be off, and float32 decays since the block's first query.
     error = DOT_ERROR[k.dtype] * error
     error += ROW_ERROR * (lam - blocks.at_first[b, h, m, None]).abs().amax(dim=-1, keepdim=True).float()
@@ -315,7 +318,7 @@ def _test_blocks(q, k, blocks, summaries, bound, hidden, possible, index, scale,
     empty = (row_first > position) | (position >= blocks.num_keys)
     cut = row_first.masked_fill(empty, 0).amax(dim=-1)
     rows = q[b[:, None], h[:, None], t].float().masked_fill_(empty[..., None], 0.0)
-    q_norm = rows.norm(dim=-1)
+    q_norm = rows.norm(dim=-1).clamp_(min=LEAST_NORM)
     k_norm = summaries.largest[b, head, m][:, None]
     lam_first = blocks.at_first[b, h, m]  # (A,)
     lam = blocks.running[b[:, None], h[:, None], t + offset]

@@ -32,6 +32,7 @@ TIGHT_SLACK = tl.constexpr(2.0**-5)
 MIN_GAIN = tl.constexpr(2)
 LEAST_LOG_TOLERANCE = tl.constexpr(-60.0)
 ROW_ERROR = tl.constexpr(2.0**-22)
+LEAST_NORM = tl.constexpr(2.0**-50)
 CENTERS = 64
 SPREAD_DIM = 128
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -240,8 +241,8 @@ def key_summaries_kernel(
             x = _load_part(k_ptr, s, visible, k_stride_s, first_d, D, PART_D).to(tl.float32)
             square += tl.sum(x * x, axis=1)
         largest = _largest_finite(square)
-        norm = tl.sqrt(largest)
-        usable = (largest > 1e-30) & (largest < float("inf"))
+        norm = tl.maximum(tl.sqrt(largest), LEAST_NORM)
+        usable = (norm > LEAST_NORM) & (largest < float("inf"))
         factor = tl.where(usable, 1.0 / (GATE_BLOCK * tl.where(usable, norm, 1.0)), 0.0)
         spread = tl.full([], 1.0, tl.float32)
         for first_d in tl.static_range(0, BLOCK_D, PART_D):
@@ -346,8 +347,9 @@ def _least_log_sum(
     first_low = (lam_first - first_high.to(tl.float64)).to(tl.float32)
     decay = first_high - tl.load(starts_ptr + group, mask=valid, other=0.0)
     decay += first_low - tl.load(starts_ptr + starts_low + group, mask=valid, other=0.0)
-    decay = tl.where(valid, decay + 7.0, float("-inf"))
-    norm = tl.load(norm_ptr + group, mask=valid, other=0.0) * scale_bits
+    norm = tl.load(norm_ptr + group, mask=valid, other=0.0)
+    decay = tl.where(norm > LEAST_NORM, decay + 7.0, float("-inf"))
+    norm *= scale_bits
     largest, total = _add_weights(
         largest, total, score * norm[None, :] + decay[None, :], tl.math.exp2(q_error * -CENTER_ERROR)
     )
@@ -367,7 +369,6 @@ def _far_groups(
     square = tl.math.exp2(_largest_finite(to_row + (row_bits + 2.0 * tl.math.log2(ratio))) - reach)
     linear = tl.math.exp2(_largest_finite(to_row + tl.math.log2(1.0 + norm_bound)) - reach)
     room = log_eps - 1.0 - reach
-    k_norm = tl.where(k_norm > 0.0, k_norm, 1.0)
     far = 0
     share = tl.full([], 0.0, tl.float32)
     if (reach < float("inf")) & (reach > float("-inf")):
@@ -447,6 +448,7 @@ def tight_rule_kernel(
             x = _load_part(q_ptr, t, full, q_stride_t, start, D, CHUNK_D).to(tl.float32)
             square += tl.sum(x * x, axis=1)
         q_norm = tl.sqrt(square)
+        q_norm = tl.where(q_norm < LEAST_NORM, LEAST_NORM, q_norm)  # a NaN stays one
         k_norm = _largest_of(norm_ptr, (tl.minimum(first + BLOCK_T, S) - 1) // GATE_BLOCK + 1, WIDTH)
         norm_bound = tl.abs(scale) * (1.0 + PAPER_SLACK) * q_norm * tl.where(k_norm < float("inf"), k_norm, 0.0)
         row_bound = norm_bound
