@@ -38,24 +38,26 @@ def ppo_options(folder="", **changes):
     return ppo_fox.Options(**{**sizes, "output_dir": str(folder), **changes})
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.8])
-def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, sparsity):
-    whole = pqn.train(pqn_options(tmp_path / "whole", final_sparsity=sparsity), quiet=True)
-    options = pqn_options(tmp_path / "parts", final_sparsity=sparsity)
-    saved, number = common.save_checkpoint, []
+def crash_after_checkpoint(number, monkeypatch, train):
+    """Run `train` until its checkpoint of this number is written."""
+    save, written = common.save_checkpoint, []
 
-    def stop_after_the_second(*args, **kwargs):
-        saved(*args, **kwargs)
-        number.append(1)
-        if len(number) == 2:
+    def save_and_crash(*args, **kwargs):
+        save(*args, **kwargs)
+        written.append(1)
+        if len(written) == number:
             raise KeyboardInterrupt
 
-    common.save_checkpoint = stop_after_the_second
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            pqn.train(options, quiet=True)
-    finally:
-        common.save_checkpoint = saved
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(common, "save_checkpoint", save_and_crash)
+        train()
+
+
+@pytest.mark.parametrize("sparsity", [0.8])
+def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, monkeypatch, sparsity):
+    whole = pqn.train(pqn_options(tmp_path / "whole", final_sparsity=sparsity), quiet=True)
+    options = pqn_options(tmp_path / "parts", final_sparsity=sparsity)
+    crash_after_checkpoint(2, monkeypatch, lambda: pqn.train(options, quiet=True))
     parts = pqn.train(options, quiet=True)
     assert parts.update == whole.update == 6
     assert same(weights(whole.network), weights(parts.network))
@@ -68,13 +70,14 @@ def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, sparsity):
         assert all(torch.all(w == 0) for w in masked)
 
 
-def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path):
+def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path, monkeypatch):
     from fox_rl.agents import ppo_fox
 
     env = dict(env_id="CartPole-v1", context_steps=8)
     whole = ppo_fox.train(ppo_options(tmp_path / "whole", **env), quiet=True)
-    ppo_fox.train(ppo_options(tmp_path / "parts", **{**env, "total_steps": 4 * 16 * 2}), quiet=True)
-    parts = ppo_fox.train(ppo_options(tmp_path / "parts", **env), quiet=True)
+    options = ppo_options(tmp_path / "parts", **env)
+    crash_after_checkpoint(1, monkeypatch, lambda: ppo_fox.train(options, quiet=True))
+    parts = ppo_fox.train(options, quiet=True)
     assert same(weights(whole.policy), weights(parts.policy))
     assert whole.meter.returns == parts.meter.returns
 
