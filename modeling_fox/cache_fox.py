@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 try:
     from fox_kernels.decode import GrowingSums, append_gates, empty_sums
@@ -370,8 +371,14 @@ def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
     """Make sure that `cache` can hold the gates; an empty `DynamicCache()` built without a config is filled in place.
 
     Raises:
-        ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them.
+        ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them; or if it is
+            static and the model is being exported.
     """
+    if cache.is_compileable and is_torchdynamo_exporting():
+        raise ValueError(
+            "`past_key_values` must not be a static cache when the model is exported: what Transformers writes for "
+            "ExecuTorch keeps keys and values from step to step, but no gates. Export with `use_cache=False`."
+        )
     # Not by isinstance: code loaded from the Hub has a second set of classes with the same methods.
     if cache.layers and all(hasattr(layer, "update_gate") for layer in cache.layers):
         return

@@ -38,7 +38,10 @@ ROWS = {
             "modeling_cache",
             ["a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding"],
         ),
-        "refused: quantized cache": ("modeling_generation", ["quantized_cache_is_refused"]),
+        "refused: quantized cache, continuous batching": (
+            "modeling_generation",
+            ["caches_without_a_place_for_gates_are_refused_with_those_that_have_one"],
+        ),
     },
     "generation": {
         "greedy, padded batches, chunked prefill, without cache": (
@@ -57,7 +60,18 @@ ROWS = {
     },
     "inputs": {
         "padding on either side": ("modeling_backends", ["padding_anywhere_changes_nothing"]),
-        "packed documents": ("modeling_backends", ["a_packed_document_is_as_if_alone"]),
+        "packed documents, by `position_ids` or `cu_seq_lens_q`": (
+            "modeling_inputs",
+            ["packed_documents_are_as_if_alone"],
+        ),
+        "`inputs_embeds`, `output_attentions` (eager), `output_hidden_states`": (
+            "modeling_inputs",
+            [
+                "embeddings_stand_for_tokens",
+                "attention_weights_are_those_that_the_output_is_made_of",
+                "hidden_states_are_those_between_the_layers",
+            ],
+        ),
         "`logits_to_keep`": ("modeling_backends", ["only_the_logits_asked_for_are_computed"]),
         "refused: attention implementations without gates": (
             "modeling_backends",
@@ -118,6 +132,10 @@ ROWS = {
             "tasks_export",
             ["saved_and_loaded_it_computes_prompts_of_any_size"],
         ),
+        "refused: export of a step of a static cache": (
+            "tasks_export",
+            ["a_step_that_would_lose_its_gates_is_refused"],
+        ),
     },
     "the Hub": {
         "with the code: loads without this package": (
@@ -127,6 +145,10 @@ ROWS = {
         "without: no remote code is ever run": (
             "modeling_hub",
             ["without_the_code_nothing_points_to_any", "with_the_package_code_in_the_folder_is_never_run"],
+        ),
+        "the operator from a kernel of the Hub, without this package": (
+            "modeling_hub",
+            ["the_operator_comes_from_a_kernel_of_the_hub"],
         ),
         "refused: pickled weights": ("modeling_hub", ["pickled_weights_are_refused"]),
     },
