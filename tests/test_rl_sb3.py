@@ -21,7 +21,7 @@ AGENTS = {
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_every_network_reaches_the_target_and_stays_there(name):
-    agent, callback, steps = AGENTS[name](), PruningCallback(final_sparsity=0.8), 260
+    agent, callback, steps = AGENTS[name](), PruningCallback(final_sparsity=0.8), 160
     agent.learn(steps, callback=callback)
     networks = trained_networks(agent)
     assert set(networks) == set(callback.pruners)
