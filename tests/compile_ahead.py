@@ -26,6 +26,7 @@ from fox_kernels import (
     triton_decode,
     triton_forward,
     triton_gates,
+    triton_norms,
     triton_pruning,
 )
 from fox_kernels.decode import empty_sums
@@ -62,7 +63,8 @@ class Recorder:
 
 
 MODULES = (
-    triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_pruning, triton_decode
+    triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_norms, triton_pruning,
+    triton_decode,
 )  # fmt: skip
 
 

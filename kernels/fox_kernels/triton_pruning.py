@@ -16,12 +16,12 @@ import triton.language as tl
 
 from .gates import GateSums
 from .tile_sizes import architecture, padded_head_dim
+from .triton_norms import largest_norms, largest_of
 
 # Of a product q . k relative to ||q|| ||k||, as in pruning.py.
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
 CENTER_ERROR = {torch.float32: 2.0**-7, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-8}
 SPREAD_ERROR = {torch.float32: 2.0**-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
-NORM_CHUNK = 1024  # rows of q or k whose largest norm one program finds
 ROW_BLOCKS = 8  # blocks of queries of one program
 GROUPS = 4  # groups of `GATE_BLOCK` keys of one program
 BLOCK_T = tl.constexpr(128)
@@ -47,61 +47,6 @@ def _larger(x, y):
 @triton.jit
 def _smaller(x, y):
     return tl.minimum(x, y)
-
-
-@triton.jit
-def _largest_norm(
-    ptr, start, end, first_valid, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Largest Euclidean norm of the rows start .. end - 1 that are not before first_valid; NaN counts as infinite.
-
-    In float64: its sums are the same in any order once they are rounded to float32.
-    """
-    d = tl.arange(0, BLOCK_D)
-    largest = tl.zeros([ROWS], tl.float64)
-    for first in tl.range(start, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        valid = (row < end) & (row >= first_valid)
-        at = ptr + row[:, None].to(tl.int64) * stride + d[None, :]
-        x = tl.load(at, mask=valid[:, None] & (d[None, :] < D), other=0.0).to(tl.float64)
-        square = tl.sum(x * x, axis=1)
-        largest = tl.maximum(largest, tl.where(square != square, float("inf"), square))
-    return tl.sqrt(tl.max(largest, axis=0)).to(tl.float32)
-
-
-@triton.jit
-def largest_norms_kernel(
-    q_ptr, k_ptr, key_start_ptr, norm_ptr, T, S, H, H_KV, num_chunks,
-    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s,
-    HAS_KEY_START: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Of every chunk of rows the largest norm; norm (B, H + H_kv, chunks), the heads of q before those of k."""
-    batch_head = tl.program_id(0).to(tl.int64)
-    batch, head = batch_head // (H + H_KV), batch_head % (H + H_KV)
-    start = tl.program_id(1) * CHUNK
-    padding = 0
-    if HAS_KEY_START:
-        padding = tl.load(key_start_ptr + batch).to(tl.int32)
-    if head < H:
-        norm = _largest_norm(
-            q_ptr + batch * q_stride_b + head * q_stride_h, start, tl.minimum(start + CHUNK, T), padding - (S - T),
-            q_stride_t, D, BLOCK_D, ROWS,
-        )  # fmt: skip
-    else:
-        norm = _largest_norm(
-            k_ptr + batch * k_stride_b + (head - H) * k_stride_h, start, tl.minimum(start + CHUNK, S), padding,
-            k_stride_s, D, BLOCK_D, ROWS,
-        )  # fmt: skip
-    tl.store(norm_ptr + batch_head * num_chunks + tl.program_id(1), norm)
-
-
-@triton.jit
-def _largest_of(ptr, count, WIDTH: tl.constexpr):
-    largest = tl.zeros([WIDTH], tl.float32)
-    for start in tl.range(0, count, WIDTH):
-        at = start + tl.arange(0, WIDTH)
-        largest = tl.maximum(largest, tl.load(ptr + at, mask=at < count, other=0.0))
-    return tl.max(largest, axis=0)
 
 
 @triton.jit
@@ -153,8 +98,8 @@ def paper_rule_kernel(
         bound = tl.load(bound_ptr + batch * bound_stride_b + head * bound_stride_h).to(tl.float32)
     else:
         heads = batch * (H + H_KV)
-        q_norm = _largest_of(norm_ptr + (heads + head) * num_chunks, num_chunks, WIDTH)
-        k_norm = _largest_of(norm_ptr + (heads + H + head // (H // H_KV)) * num_chunks, num_chunks, WIDTH)
+        q_norm = largest_of(norm_ptr + (heads + head) * num_chunks, num_chunks, WIDTH)
+        k_norm = largest_of(norm_ptr + (heads + H + head // (H // H_KV)) * num_chunks, num_chunks, WIDTH)
         bound = scale * q_norm * k_norm
     threshold = _threshold_bits(bound, budget)
 
@@ -449,7 +394,7 @@ def tight_rule_kernel(
             square += tl.sum(x * x, axis=1)
         q_norm = tl.sqrt(square)
         q_norm = tl.where(q_norm < LEAST_NORM, LEAST_NORM, q_norm)  # a NaN stays one
-        k_norm = _largest_of(norm_ptr, (tl.minimum(first + BLOCK_T, S) - 1) // GATE_BLOCK + 1, WIDTH)
+        k_norm = largest_of(norm_ptr, (tl.minimum(first + BLOCK_T, S) - 1) // GATE_BLOCK + 1, WIDTH)
         norm_bound = tl.abs(scale) * (1.0 + PAPER_SLACK) * q_norm * tl.where(k_norm < float("inf"), k_norm, 0.0)
         row_bound = norm_bound
         if HAS_BOUND:
@@ -546,23 +491,6 @@ def _precision() -> str:
     return "ieee" if torch.version.hip else "tf32"
 
 
-def _largest_norms(q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | None) -> torch.Tensor:
-    """Largest norms of chunks of rows, `(B, H + H_kv, chunks)` float32, the heads of q before those of k.
-
-    A q without heads leaves those of k.
-    """
-    batch, num_heads, num_queries, dim = q.shape
-    num_kv_heads, num_keys = k.shape[1:3]
-    num_chunks = -(-num_keys // NORM_CHUNK)  # triton.cdiv takes 5 us
-    norms = torch.empty(batch, num_heads + num_kv_heads, num_chunks, dtype=torch.float32, device=q.device)
-    largest_norms_kernel[(batch * (num_heads + num_kv_heads), num_chunks)](
-        q, k, q if key_start is None else key_start, norms, num_queries, num_keys, num_heads, num_kv_heads, num_chunks,
-        *q.stride()[:3], *k.stride()[:3], HAS_KEY_START=key_start is not None, D=dim, BLOCK_D=padded_head_dim(dim),
-        ROWS=max(16, 4096 // padded_head_dim(dim)), CHUNK=NORM_CHUNK,
-    )  # fmt: skip
-    return norms
-
-
 def paper_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -581,7 +509,7 @@ def paper_rule(
     bound = norms = sums.starts  # the one that is not given is never read
     bound_strides, num_chunks = (0, 0), 0
     if logit_bound is None:
-        norms = _largest_norms(q, k, key_start)
+        norms = largest_norms(q, k, key_start)
         num_chunks = norms.shape[-1]
     else:
         bound = logit_bound.expand(batch, num_heads)
