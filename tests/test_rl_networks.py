@@ -75,7 +75,7 @@ def test_blocks_that_do_nothing_leave_the_input_n_plus_one_times():
 
 
 def input_gradient(skip, blocks):
-    """Norm of d y / d x with the initialization of `nn.Linear`, which is too small for relu by a factor 0.4 a layer."""
+    """Norm of d y / d x with the initialization of `nn.Linear`, too small for relu by a factor 0.4 a layer."""
     torch.manual_seed(0)
     net = MultiSkipMLP(64, 64, 10, blocks, skip=skip, norm=False)
     for module in net.modules():
@@ -186,6 +186,12 @@ def test_feature_rank_is_the_number_of_directions():
     assert feature_rank(torch.eye(10)) == 10
     assert feature_rank(torch.diag(torch.tensor([98.0, 1.5, 0.5]))) == 2  # 98 and 99.5 of 100
     assert feature_rank(torch.zeros(4, 4)) == 0
+
+
+def test_gradient_norms_are_those_of_the_weights_in_order():
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False))
+    net[1](torch.full((1, 3), 2.0)).sum().backward()
+    assert gradient_norms(net) == {"0.weight": 0.0, "1.weight": pytest.approx(12**0.5)}
 
 
 def test_the_recorder_sees_every_relu_and_leaves_nothing_behind():

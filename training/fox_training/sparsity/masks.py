@@ -55,6 +55,7 @@ class MaskedPruner:
         self.step_count = 0
         self._keep: dict[str, Tensor] = {}  # bool, the part of this process
         self._bits: dict[str, Tensor] = {}  # the same on a CPU as integers, see `_hold`
+        self._dense: set[str] = set()  # nothing of it is pruned, so there is nothing to hold
         self._hooks: list[Any] = []
 
     def _allocate(self) -> dict[str, float]:
@@ -188,6 +189,7 @@ class MaskedPruner:
     def _set_mask(self, name: str, parameter: nn.Parameter, keep: Tensor) -> None:
         self._keep[name] = local_part(keep.to(parameter.device), parameter)
         self._bits.pop(name, None)
+        (self._dense.add if bool(keep.all()) else self._dense.discard)(name)
 
     def _whole_mask(self, name: str, parameter: nn.Parameter) -> Tensor:
         return whole(self._keep[name].to(parameter.device), like=parameter)
@@ -196,7 +198,8 @@ class MaskedPruner:
     def hold(self) -> None:
         """Set every pruned weight to exactly 0."""
         for name, parameter in self._parameters():
-            self._hold(name, local_tensor(parameter.data))
+            if name not in self._dense:
+                self._hold(name, local_tensor(parameter.data))
 
     def _hold(self, name: str, weight: Tensor) -> None:
         keep = self._keep[name]
