@@ -40,14 +40,13 @@ from .attention_fox import (
     default_attn_implementation,
     eager_attention_forward,
     flex_attention_forward,
-    make_masks,
-    positions_of_documents,
     sdpa_attention_forward,
 )
 from .cache_fox import prepare_cache
 from .configuration_fox import FoxConfig
 from .conversion_fox import LoadsOtherCheckpoints
 from .hub_fox import SavesCode
+from .masks_fox import make_masks, positions_of_documents
 
 # An instance of its own, so that "sdpa" and "flex_attention" mean ours in this file and Transformers' elsewhere.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()

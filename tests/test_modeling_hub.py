@@ -22,7 +22,17 @@ from modeling_fox.hub_fox import add_code
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {
     f"{name}_fox.py"
-    for name in ("attention", "cache", "configuration", "conversion", "hub", "modeling", "modeling_heads", "parallel")
+    for name in (
+        "attention",
+        "cache",
+        "configuration",
+        "conversion",
+        "hub",
+        "masks",
+        "modeling",
+        "modeling_heads",
+        "parallel",
+    )
 }
 
 # Refuses our packages, and all that transformers does not need itself, even if they are installed.

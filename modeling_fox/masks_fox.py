@@ -1,0 +1,141 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers need to know of padding and of packed documents, from what the model was given.
+
+Letters:  B batch, T new tokens, S cached and new tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
+from transformers.utils.import_utils import is_tracing
+
+
+def find_document_starts(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch_size: int
+) -> torch.Tensor | None:
+    """First tokens of packed documents, `(B, T)` bool, where `position_ids` do not go on by one; `None` if nowhere.
+
+    Where padding begins or ends they may jump without a document starting.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return None
+    starts = F.pad(position_ids[:, 1:] - position_ids[:, :-1] != 1, (1, 0)).expand(batch_size, -1)
+    if attention_mask is not None:
+        real = attention_mask[:, -starts.shape[1] :].bool()
+        starts = starts & real & F.pad(real[:, :-1], (1, 0))
+    if not is_tracing(starts) and not starts.any():
+        return None
+    return starts
+
+
+def positions_of_documents(cu_seq_lens: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """Position of each token in its document, `(1, T)` int64.
+
+    Args:
+        cu_seq_lens: `(documents + 1,)`, where each document starts in the one row of tokens, and where the last ends.
+
+    Raises:
+        ValueError: If there are several rows, or lengths that do not start at 0 in one dimension.
+    """
+    batch, num_tokens = inputs_embeds.shape[:2]
+    if batch != 1 or cu_seq_lens.dim() != 1:
+        raise ValueError(
+            "`cu_seq_lens_q` must be one list of boundaries for one row of tokens; got the shape "
+            f"{tuple(cu_seq_lens.shape)} for {batch} rows. Put all documents into one row, or pass `position_ids`."
+        )
+    position = torch.arange(num_tokens, device=inputs_embeds.device)
+    boundaries = cu_seq_lens.to(position)
+    document = torch.searchsorted(boundaries, position, right=True) - 1
+    return (position - boundaries[document])[None]
+
+
+def padding_of_new_tokens(config, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
+    """The last T columns of a `(B, S)` mask, or `None` if no new token is padding or that is not known.
+
+    Transformers' own `create_recurrent_attention_mask` takes a single token for real, which is wrong for a sequence
+    that still is in its padding when a prompt is fed in pieces. Compiled code takes it for real too.
+    """
+    num_tokens = inputs_embeds.shape[1]
+    if attention_mask is None or attention_mask.dim() != 2 or (num_tokens == 1 and is_tracing(attention_mask)):
+        return None
+    padding_mask = attention_mask[:, -num_tokens:]
+    if not is_tracing(padding_mask) and padding_mask.all():
+        return None
+    return padding_mask.contiguous()
+
+
+def find_last_real_token(padding_mask: torch.Tensor) -> torch.Tensor:
+    """For each of `(B, T)` tokens, how many of them reach up to the last real one, itself included: `(B, T)` int64.
+
+    0 where all up to here is padding. As an index it counts the token before the T new ones as number 0.
+    """
+    position = torch.arange(1, padding_mask.shape[1] + 1, device=padding_mask.device)
+    return (position * (padding_mask != 0)).cummax(dim=1).values
+
+
+def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, layer_idx=0):
+    """Make what the layers need from what the model was given.
+
+    Args:
+        attention_mask: `(B, S)`, 0 at padding; a 4D mask, passed on as it is; or the dict that `generate` makes itself
+            for a cache of fixed shape.
+        position_ids: `(B, T)`; see `find_document_starts`.
+        layer_idx: Layer whose cache tells how many tokens came before.
+
+    Returns:
+        Arguments of every layer: "attention_mask", what the backend takes; "padding_mask", `(B, T)`, 0 at padding;
+        "last_real_token", see `find_last_real_token`; "document_starts", `(B, T)` bool, first tokens of packed
+        documents. Each of them may be `None`.
+
+    Raises:
+        ValueError: If documents are packed and there is a cache or padding: not every backend tells them apart then.
+    """
+    if isinstance(attention_mask, dict):
+        return _layer_masks(attention_mask["full_attention"], attention_mask["linear_attention"], None)
+    document_starts = None
+    if attention_mask is None or attention_mask.dim() == 2:
+        document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
+    if document_starts is not None:
+        is_mixed = past_key_values is not None
+        if attention_mask is not None and not is_tracing(document_starts):
+            is_mixed = is_mixed or not attention_mask.all()
+        if not is_mixed:
+            # Transformers looks for documents only if it gets no mask.
+            attention_mask = None
+        elif is_tracing(document_starts):
+            # Nothing is known of the values, but that this call is allowed: so it is one document.
+            document_starts = None
+        else:
+            raise ValueError(
+                "`position_ids` must go on by one within a sequence when there is a cache or padding; got packed "
+                "documents. Pass `use_cache=False` and no `attention_mask`, or one document a row."
+            )
+    mask_kwargs = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+        "layer_idx": layer_idx,
+    }
+    causal, padding = create_causal_mask(**mask_kwargs), padding_of_new_tokens(**mask_kwargs)
+    return _layer_masks(causal, padding, document_starts)
+
+
+def _layer_masks(attention_mask, padding_mask, document_starts) -> dict:
+    return {
+        "attention_mask": attention_mask,
+        "padding_mask": padding_mask,
+        "last_real_token": None if padding_mask is None else find_last_real_token(padding_mask),
+        "document_starts": document_starts,
+    }
+
+
+# For `generate`, which makes the masks itself when the cache is compileable: the same two that FoxModel makes.
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["forgetting_attention"] = {
+    "full_attention": create_causal_mask,
+    "linear_attention": padding_of_new_tokens,
+}
+
+__all__ = ["make_masks", "positions_of_documents"]
