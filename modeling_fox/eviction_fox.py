@@ -31,6 +31,8 @@ class FoxEvictingLayer(FoxDynamicLayer):
         evicted_mass: Log of the sum of exp(D) over all dropped tokens, as of the newest token, `(B, H)` fp32 nats.
     """
 
+    _layer_type = None  # a subclass that keeps the name would become every FoX model's layer once it is imported
+
     def _drop_own_states(self):
         super()._drop_own_states()
         self.start: torch.Tensor | None = None

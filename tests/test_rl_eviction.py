@@ -23,6 +23,10 @@ def step(model, token, cache, mask=None):
     return model(token, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
 
 
+def test_models_keep_their_own_layer():
+    assert not any(isinstance(x, FoxEvictingLayer) for x in DynamicCache(config=forgetful_model().config).layers)
+
+
 @torch.no_grad()
 def test_memory_stays_bounded_and_outputs_stay_the_same():
     model, tokens = forgetful_model(), random_tokens(2, 300)
