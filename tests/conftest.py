@@ -6,6 +6,9 @@ import warnings
 import pytest
 import torch
 
+# A data set that no test of the process has read before draws a bar, into the one line that a test expects.
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
 # Two cores are shared by the test workers: more threads than cores only makes them wait for each other.
 torch.set_num_threads(int(os.environ.get("FOX_TEST_THREADS", "1")))
 
