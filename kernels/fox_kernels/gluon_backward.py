@@ -331,34 +331,6 @@ def _keys(
 
 
 @gluon.jit
-def _keys_first(
-    dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-    k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
-    tile, num_tiles, score_scale, scale, H, T, S, padded,
-    G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _keys(
-        dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-        k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
-        tile, num_tiles, score_scale, scale, H, T, S, padded, 0, G, D, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _keys_second(
-    dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-    k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
-    tile, num_tiles, score_scale, scale, H, T, S, padded,
-    G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _keys(
-        dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full, q_empty,
-        k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low, rows_any, batch, kv_head,
-        tile, num_tiles, score_scale, scale, H, T, S, padded, 1, G, D, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
 def gluon_backward_kernel(
     q, k, v, grad, dq, dk, dv, within_ptr, starts_ptr, first_key_ptr, delta_ptr, row_bits_ptr, refs_ptr, residue_ptr,
     column_sum_ptr, rows_ptr, score_scale, scale, T, S, H, N, M, padded, num_tiles, num_heads, section,
@@ -402,15 +374,15 @@ def gluon_backward_kernel(
         load_async(v, [batch, kv_head, start_s + group * PART, 0], k_full, v_tile.index(group))
     gl.warp_specialize(
         [
-            (_keys_first, (
+            (_keys, (
                 dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full,
                 q_empty, k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low,
-                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
+                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, 0, G, D, STAGES,
             )),
-            (_keys_second, (
+            (_keys, (
                 dq, dk, dv, q_tile, grad_tile, k_tile, v_tile, bits_tile, delta_tile, d_score_tile, dq_tile, q_full,
                 q_empty, k_full, within_ptr, first_key_ptr, residue_ptr, column_sum_ptr, rows_ptr, within_low,
-                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, G, D, STAGES,
+                rows_any, batch, kv_head, tile, num_tiles, score_scale, scale, H, T, S, padded, 1, G, D, STAGES,
             )),
             (_fetch, (
                 q, grad, q_tile, grad_tile, bits_tile, delta_tile, q_full, q_empty, row_bits_ptr, delta_ptr, refs_ptr,

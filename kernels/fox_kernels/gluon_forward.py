@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gates import GATE_BLOCK
-from .tile_sizes import padded_head_dim
+from .tile_sizes import descriptor_strides, padded_head_dim
 
 # Renamed between Triton 3.6 and 3.9.
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -332,15 +332,15 @@ def gluon_forward_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize(
         [
-            (_attend_first, (
+            (_attend, (
                 o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
                 first_key, lse, marks, within_low, starts_low, batch, head, start_t, first, count, num_diagonal,
-                num_full, T, S, score_scale, largest_sum, D, STAGES,
+                num_full, T, S, score_scale, largest_sum, 0, D, STAGES,
             )),
-            (_attend_second, (
+            (_attend, (
                 o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
                 first_key, lse, marks, within_low, starts_low, batch, head, start_t, first, count, num_diagonal,
-                num_full, T, S, score_scale, largest_sum, D, STAGES,
+                num_full, T, S, score_scale, largest_sum, 1, D, STAGES,
             )),
             (_fetch, (
                 q, k, v, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
@@ -352,41 +352,12 @@ def gluon_forward_kernel(
     )  # fmt: skip
 
 
-@gluon.jit
-def _attend_first(
-    o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, first_key_ptr,
-    lse_ptr, marks_ptr, within_low, starts_low, batch, head, start_t, first, count, num_diagonal, num_full, T, S,
-    score_scale, largest_sum, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _attend(
-        o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, first_key_ptr,
-        lse_ptr, marks_ptr, within_low, starts_low, batch, head, start_t, first, count, num_diagonal, num_full, T, S,
-        score_scale, largest_sum, 0, D, STAGES,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _attend_second(
-    o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, first_key_ptr,
-    lse_ptr, marks_ptr, within_low, starts_low, batch, head, start_t, first, count, num_diagonal, num_full, T, S,
-    score_scale, largest_sum, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    _attend(
-        o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, first_key_ptr,
-        lse_ptr, marks_ptr, within_low, starts_low, batch, head, start_t, first, count, num_diagonal, num_full, T, S,
-        score_scale, largest_sum, 1, D, STAGES,
-    )  # fmt: skip
-
-
 def gluon_descriptor(x, rows: int, dim: int) -> TensorDescriptor:
     """As `triton_forward.descriptor`, with the swizzle that the products read."""
-    aligned = 16 // x.element_size()
-    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    strides = [step if n > 1 else -(-x.shape[-1] // aligned) * aligned for n, step in steps]
     block = [1, 1, rows, dim]
     dtype = {2: gl.bfloat16, 4: gl.float32}[x.element_size()]
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    return TensorDescriptor(x, list(x.shape), descriptor_strides(x), block, layout)
 
 
 def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section, block_t):

@@ -83,3 +83,13 @@ def backward_key_tiles(head_dim: int, element_size: int, arch: int) -> TileSizes
         # with 32 queries at a time.
         return TileSizes(64, 64, 4, 2) if arch == 90 else TileSizes(32, 64, 8, 2)
     return TileSizes(32, 32, 8, 1)
+
+
+def descriptor_strides(x: torch.Tensor) -> list[int]:
+    """Steps of a 4-dimensional tensor as the tensor memory accelerator takes them.
+
+    The step of a dimension of size 1 may be anything, but the hardware wants multiples of 16 bytes.
+    """
+    aligned = 16 // x.element_size()
+    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return [step if n > 1 else -(-x.shape[-1] // aligned) * aligned for n, step in steps] + [1]

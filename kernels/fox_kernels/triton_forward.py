@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from .gates import GATE_BLOCK, LOG2_E, GateSums
-from .tile_sizes import TileSizes, architecture, forward_tiles, padded_head_dim
+from .tile_sizes import TileSizes, architecture, descriptor_strides, forward_tiles, padded_head_dim
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -404,11 +404,7 @@ def use_gluon(arch: int, q: torch.Tensor) -> bool:
 
 def descriptor(x: torch.Tensor, rows: int, dim: int) -> "TensorDescriptor":
     """A `(B, H, L, D)` tensor to be read in tiles of `rows` by `dim`, zeros outside of it."""
-    # The step of a dimension of size 1 may be anything, but the hardware wants multiples of 16 bytes.
-    aligned = 16 // x.element_size()
-    steps = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    strides = [step if n > 1 else -(-x.shape[-1] // aligned) * aligned for n, step in steps]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, dim])
+    return TensorDescriptor(x, list(x.shape), descriptor_strides(x), [1, 1, rows, dim])
 
 
 def heads_in_l2(num_keys: int, dim: int, element_size: int) -> int:
