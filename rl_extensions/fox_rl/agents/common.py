@@ -20,6 +20,8 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm import tqdm
 
+from fox_training.optimizers import OPTIMIZERS
+
 from ..envs import register_environments
 
 
@@ -50,6 +52,12 @@ def check_positive(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1; got {getattr(options, name)}.")
+
+
+def check_optimizer(options: Any) -> None:
+    """Raise a ValueError for an optimizer that no agent has."""
+    if options.optimizer not in set(OPTIMIZERS) - {"muon"}:
+        raise ValueError(f"optimizer must be adamw, radam or kron; got {options.optimizer!r}.")
 
 
 def make_environments(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fox_rl.policy import FoxPolicyConfig, FoxPolicyModel
 from fox_rl.returns import gae
-from fox_training.optimizers import OPTIMIZERS, build_optimizer
+from fox_training.optimizers import build_optimizer
 from fox_training.sparsity import MaskedPruner, SparsityConfig
 
 from . import common
@@ -108,8 +108,7 @@ class Agent:
             raise ValueError(
                 f"num_envs must be a multiple of minibatches {options.minibatches}; got {options.num_envs}."
             )
-        if options.optimizer not in set(OPTIMIZERS) - {"muon"}:
-            raise ValueError(f"optimizer must be adamw, radam or kron; got {options.optimizer!r}.")
+        common.check_optimizer(options)
         self.options, self.accelerator = options, accelerator
         # The weights are the same in all processes, everything after them is not.
         common.seed_everything(options.seed)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fox_rl.diagnostics import Recorder, feature_rank, gradient_norms
 from fox_rl.q_network import QNetwork
 from fox_rl.returns import lambda_returns
-from fox_training.optimizers import OPTIMIZERS, build_optimizer
+from fox_training.optimizers import build_optimizer
 from fox_training.sparsity import MaskedPruner, SparsityConfig
 
 from . import common
@@ -67,8 +67,7 @@ class Agent:
 
     def __init__(self, options: Options, accelerator: Accelerator):
         common.check_positive(options, "num_envs", "window", "epochs", "minibatches", "checkpoint_every")
-        if options.optimizer not in set(OPTIMIZERS) - {"muon"}:
-            raise ValueError(f"optimizer must be adamw, radam or kron; got {options.optimizer!r}.")
+        common.check_optimizer(options)
         self.options, self.accelerator = options, accelerator
         common.seed_everything(options.seed)
         self.envs = common.make_environments(options.env_id, options.num_envs)
@@ -153,12 +152,12 @@ def learn(agent: Agent, observation: Tensor, action: Tensor, target: Tensor) -> 
         for chosen in torch.randperm(len(action)).chunk(options.minibatches):
             value = agent.model(observation[chosen]).gather(1, action[chosen, None]).squeeze(1)
             loss = F.mse_loss(value, target[chosen])
+            agent.optimizer.zero_grad()
             agent.accelerator.backward(loss)
             agent.accelerator.clip_grad_norm_(agent.network.parameters(), options.max_grad_norm)
             agent.optimizer.step()
             losses.append(loss.item())
-            first, *_, last = gradient_norms(agent.network).values()
-            agent.optimizer.zero_grad()
+    first, *_, last = gradient_norms(agent.network).values()
     return {"loss": float(np.mean(losses)), "value": float(target.mean()), "grad_first": first, "grad_last": last}
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fox_rl.learn_to_stop import EarlyStopVectorEnv, LearnToStop, RandomResetControl, StopNoise, hazard_for
 from fox_rl.networks import MultiSkipMLP
 from fox_rl.returns import td_target
-from fox_training.optimizers import OPTIMIZERS, build_optimizer
+from fox_training.optimizers import build_optimizer
 from fox_training.sparsity import MaskedPruner, SparsityConfig
 
 from . import common
@@ -128,8 +128,7 @@ class Agent:
         common.check_positive(options, "num_envs", "batch_size", "policy_delay", "log_every", "checkpoint_every")
         if options.stop not in ("none", "least", "random"):
             raise ValueError(f"stop must be none, least or random; got {options.stop!r}.")
-        if options.optimizer not in set(OPTIMIZERS) - {"muon"}:
-            raise ValueError(f"optimizer must be adamw, radam or kron; got {options.optimizer!r}.")
+        common.check_optimizer(options)
         self.options = options
         common.seed_everything(options.seed)
         plain = common.make_environments(options.env_id, options.num_envs, AutoresetMode.DISABLED)
