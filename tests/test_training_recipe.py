@@ -81,7 +81,14 @@ def test_negative_numbers_and_lists_can_be_overridden():
         ("optimizer=3", "optimizer must be a section"),
         ("run.output_dir=", "run.output_dir"),
         ("data.source=hub", "data.path must name the data"),
-        ("data.path=x", "data.path is only read with data.source local or hub"),
+        ("data.path=x", "data.path is only read with data.source local, hub or shards; got x with bundled"),
+        ("data.source=shards", "data.path must name the data when data.source is shards"),
+        ("data.source=mixture", "data.mixture lists the sources of data.source mixture; got 0 with mixture"),
+        ("data.mixture=[{source: sotu}]", "data.mixture lists the sources .*; got 1 with bundled"),
+        ("data.mixture=[{sourc: sotu}]", r"data.mixture\[0\].sourc. Did you mean data.mixture\[0\].source"),
+        ("data.mixture=[{source: sotu, weight: -1}]", r"data.mixture\[0\].weight must be above 0; got -1"),
+        ("data.validation_packages=[torch]", "data.validation_packages needs data.source python; got bundled"),
+        ("data.exclude_shards=[train-00000]", "data.exclude_shards needs data.source shards"),
         ("data.tokenizer.kind=hub", "data.tokenizer.path must name a tokenizer"),
         ("data.micro_batch_size=5", "data.batch_size must be a multiple of data.micro_batch_size 5; got 32"),
         ("checkpoint.export=best", "checkpoint.export best needs validation data"),
@@ -99,6 +106,17 @@ def test_a_mistake_is_named_with_the_value_and_what_to_do(override, message):
 def test_two_ways_to_hold_out_data_contradict_each_other():
     with pytest.raises(RecipeError, match="data.validation_ids and data.validation_fraction"):
         load_recipe(None, ["data.validation_ids=[a]", "data.validation_fraction=0.1"])
+
+
+def test_sources_that_do_not_go_together_are_refused():
+    parts = lambda *names: f"data.mixture=[{', '.join(f'{{source: {n}, path: x}}' for n in names)}]"  # noqa: E731
+    for overrides, message in (
+        ([parts("shards", "local")], "shards only, or without any"),
+        ([parts("local"), "data.validation_ids=[a]"], "data.mixture holds out by data.validation_fraction"),
+        ([parts("shards"), "data.validation_fraction=0.1"], "was decided when the shards were prepared"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(None, ["data.source=mixture", *overrides])
 
 
 def test_an_unknown_model_field_is_an_error_with_the_nearest_name():

@@ -61,7 +61,7 @@ def _type_name(hint: Any) -> str:
     if is_optional(hint):
         return _type_name(inner_type(hint))
     if typing.get_origin(hint) is list:
-        return "[TEXT,...]"
+        return "[{...},...]" if dataclasses.is_dataclass(typing.get_args(hint)[0]) else "[TEXT,...]"
     if typing.get_origin(hint) is dict:
         return "{NAME: VALUE}"
     return {int: "N", float: "X", bool: "{true,false}", str: "TEXT"}[hint]
