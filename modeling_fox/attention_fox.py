@@ -292,7 +292,10 @@ def sdpa_attention_forward(
     if attention_mask is None and key.shape[2] > num_queries:
         # Transformers makes no mask for the first tokens in a static cache; the rest of it is still empty.
         key, value, log_fgate = key[:, :, :num_queries], value[:, :, :num_queries], log_fgate[..., :num_queries]
-    query, key, value = fold_decay(query, key, value, running_sum(log_fgate, document_starts), scaling)
+    if module.config.fgate_type == "none":
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    else:
+        query, key, value = fold_decay(query, key, value, running_sum(log_fgate, document_starts), scaling)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, is_causal=attention_mask is None
     )

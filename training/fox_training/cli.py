@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "continue a text",
     "card": "write the model card of a run",
     "publish": "put a trained model on the Hub",
+    "throughput": "tokens per second and MFU of training steps, FoX beside a Transformer",
     "demo": "the whole path on a small text, in minutes on a CPU",
 }
 
