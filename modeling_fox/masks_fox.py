@@ -7,7 +7,11 @@ Letters:  B batch, T new tokens, S cached and new tokens.
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_causal_mask
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.utils.import_utils import is_tracing
 
 
@@ -96,21 +100,21 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
     document_starts = None
     if attention_mask is None or attention_mask.dim() == 2:
         document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
-    if document_starts is not None:
-        is_mixed = past_key_values is not None
-        if attention_mask is not None and not is_tracing(document_starts):
-            is_mixed = is_mixed or not attention_mask.all()
-        if not is_mixed:
-            # Transformers looks for documents only if it gets no mask.
-            attention_mask = None
-        elif is_tracing(document_starts):
-            # Nothing is known of the values, but that this call is allowed: so it is one document.
-            document_starts = None
-        else:
+    same_document = None
+    if document_starts is not None and past_key_values is not None and is_tracing(document_starts):
+        # Nothing is known of the values, but that this call is allowed: so it is one document.
+        document_starts = None
+    elif document_starts is not None and attention_mask is not None and is_tracing(document_starts):
+        # Padding or documents, nobody knows: the mask tells both apart.
+        same_document = packed_sequence_mask_function(document_starts.cumsum(dim=-1))
+    elif document_starts is not None:
+        if past_key_values is not None or (attention_mask is not None and not attention_mask.all()):
             raise ValueError(
                 "`position_ids` must go on by one within a sequence when there is a cache or padding; got packed "
                 "documents. Pass `use_cache=False` and no `attention_mask`, or one document a row."
             )
+        # Transformers looks for documents only if it gets no mask.
+        attention_mask = None
     mask_kwargs = {
         "config": config,
         "inputs_embeds": inputs_embeds,
@@ -119,7 +123,8 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         "position_ids": position_ids,
         "layer_idx": layer_idx,
     }
-    causal, padding = create_causal_mask(**mask_kwargs), padding_of_new_tokens(**mask_kwargs)
+    causal = create_causal_mask(**mask_kwargs, and_mask_function=same_document)
+    padding = padding_of_new_tokens(**mask_kwargs)
     return _layer_masks(causal, padding, document_starts)
 
 

@@ -91,6 +91,42 @@ def test_generates_what_eager_generates_from_left_padded_prompts(backend, cache)
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("inputs", ["plain", "padded"])
+def test_compiled_training_has_the_gradients_of_uncompiled(inputs):
+    tokens = random_tokens(2, 200).cuda()
+    options = {"labels": tokens, "use_cache": False}
+    if inputs == "padded":
+        mask = torch.ones_like(tokens)
+        mask[0, :60] = 0
+        options |= {"attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+    def gradients(compiled):
+        model = gpu_fox("fox_acp").train()
+        run = torch.compile(model, fullgraph=True, mode="reduce-overhead") if compiled else model
+        run(tokens, **options).loss.backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters()}
+
+    expected, got = gradients(False), gradients(True)
+    for name, gradient in expected.items():
+        error = float((got[name] - gradient).abs().max())
+        assert error <= 2e-4 * float(gradient.abs().max()), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("backend", ["sdpa", "fox_acp"])
+def test_a_cache_offloaded_to_the_cpu_generates_the_same(backend, cache):
+    tokens = random_tokens(2, 300).cuda()
+    model = gpu_fox(backend, num_hidden_layers=4)
+    options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None, disable_compile=True)
+    offloaded = dict(cache_implementation=cache, return_dict_in_generate=True)
+    for extra in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        out = model.generate(tokens, **options, **extra, **offloaded)
+        assert torch.equal(out.sequences, model.generate(tokens, **options, **extra))
+        # Only the layer that comes next is on the device.
+        devices = [layer.keys.device.type for layer in out.past_key_values.layers]
+        assert devices == ["cuda", "cpu", "cpu", "cpu"]
+
+
 def test_autocast_trains_with_the_gates_in_float32():
     model = gpu_fox("fox_acp").train()
     seen = []

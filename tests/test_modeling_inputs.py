@@ -89,3 +89,19 @@ def test_backends_without_gates_are_refused_with_the_list_of_those_with():
     with pytest.raises(ValueError, match="no place for the forget gates") as error:
         tiny_fox().set_attn_implementation("flash_attention_2")
     assert all(backend in str(error.value) for backend in FOX_BACKENDS)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@torch.no_grad()
+def test_compiled_code_tells_padding_from_documents(backend):
+    """It sees no values: a mask with positions may mean either, and is not to be dropped for the other."""
+    model, tokens = tiny_fox(attn_implementation=backend), random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    padded = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    positions = torch.cat((torch.arange(7), torch.arange(5))).expand(2, -1)
+    packed = dict(attention_mask=torch.ones_like(tokens), position_ids=positions)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for inputs, real in ((padded, mask.bool()), (packed, mask >= 0)):
+        expected, got = (f(tokens, use_cache=False, **inputs).logits[real] for f in (model, compiled))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
