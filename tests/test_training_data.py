@@ -3,18 +3,22 @@
 import collections
 import itertools
 import json
+import os
 import sys
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from datasets.distributed import split_dataset_by_node
 
 from fox_training import data as data_module
 from fox_training.batches import Batches, PackedRows, Plan, StreamedRows, evaluation_batches, plan_batches
-from fox_training.data import TokenStream, build_tokenizer, load_documents, tokenise
+from fox_training.data import build_tokenizer, load_documents, tokenise
+from fox_training.mixing import Choice, MixedRows, MixedStream
+from fox_training.pipeline import load_data
 from fox_training.recipe import DataRecipe, RecipeError, load_recipe
+from fox_training.token_stream import TokenStream
 from fox_training.tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_documents, hub_tokenizer
 
 TEXT = "Hello\r\n  wörld\u2028 <|endoftext|> don't 12345 \t\n\n🙂 end "
@@ -245,16 +249,6 @@ def take(batches, count):
         batches.close()
 
 
-def test_any_number_of_processes_sees_the_same_global_batches():
-    stream = stream_of([200, 70])
-    whole = take(Batches(PackedRows(stream, 9, 0), Plan(8, 8, 1, 0, 1), torch.device("cpu")), 12)
-    parts = [
-        take(Batches(PackedRows(stream, 9, 0), Plan(8, 2, 2, rank, 2), torch.device("cpu")), 12) for rank in (0, 1)
-    ]
-    for step, a, b in zip(whole, *parts, strict=True):
-        assert torch.equal(step[0], torch.cat([a.flatten(0, 1), b.flatten(0, 1)]))
-
-
 def map_rows():
     return PackedRows(stream_of([200, 70]), 9, 0)
 
@@ -265,7 +259,41 @@ def streamed_rows(block=5, texts=None, length=9):
     return StreamedRows(shards, byte_tokenizer(), length, seed=0, block=block)
 
 
-@pytest.mark.parametrize("make", [map_rows, streamed_rows], ids=["map", "stream"])
+def mixed_rows():
+    return MixedRows([map_rows(), PackedRows(stream_of([90], seed=1), 9, 1)], [3, 1], seed=0)
+
+
+def mixed_stream():
+    return MixedStream([streamed_rows(), streamed_rows(3, ["other text "])], [3, 1], seed=0)
+
+
+EVERY_KIND = pytest.mark.parametrize("make", [map_rows, streamed_rows, mixed_rows, mixed_stream])
+
+
+@EVERY_KIND
+def test_any_number_of_processes_and_workers_sees_the_same_global_batches(make):
+    cpu = torch.device("cpu")
+    whole = take(Batches(make(), Plan(8, 8, 1, 0, 1), cpu), 12)
+    parts = [take(Batches(make(), Plan(8, 2, 2, rank, 2), cpu, workers=2 * rank), 12) for rank in (0, 1)]
+    for step, a, b in zip(whole, *parts, strict=True):
+        assert torch.equal(step[0], torch.cat([a.flatten(0, 1), b.flatten(0, 1)]))
+
+
+@EVERY_KIND
+def test_a_resume_on_another_number_of_processes_goes_on_with_the_very_next_sample(make):
+    cpu = torch.device("cpu")
+    whole = take(Batches(make(), Plan(8, 8, 1, 0, 1), cpu), 12)
+    first = Batches(make(), Plan(8, 4, 1, 1, 2), cpu)
+    for _ in range(5):
+        next(first)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    four = [take(Batches(make(), Plan(8, 2, 1, rank, 4), cpu, state), 7) for rank in range(4)]
+    for step, parts in zip(whole[5:], zip(*four, strict=True), strict=True):
+        assert torch.equal(step[0], torch.cat([part[0] for part in parts]))
+
+
+@EVERY_KIND
 def test_a_resumed_loader_gives_the_batches_that_an_uninterrupted_one_gives(make):
     plan, cpu = Plan(4, 2, 2, 0, 1), torch.device("cpu")
     whole = take(Batches(make(), plan, cpu), 60)
@@ -293,27 +321,80 @@ def test_a_stream_loses_no_token_and_restarts_positions_at_documents():
     assert [tuple(r.tokens) for r in mixed] != [tuple(r.tokens) for r in plain]
 
 
-def test_processes_share_a_stream_without_overlap():
-    texts = [f"text {i:02d}." for i in range(20)]
-    whole = datasets.IterableDataset.from_generator(lambda: ({"text": t} for t in texts))
-    seen = []
-    for rank in range(2):
-        part = split_dataset_by_node(whole, rank, 2)
-        rows = StreamedRows(
-            part, byte_tokenizer(), 10, seed=0
-        ).iterate()  # each row is one document and the next start
-        seen += [bytes(row.tokens[1:9].astype(np.uint8)).decode() for row, _ in itertools.islice(rows, 10)]
-    assert sorted(seen) == texts
+def test_a_mixture_keeps_its_shares_at_every_moment_and_skips_no_row():
+    choice, weights = Choice([5, 2, 1], seed=3), [5 / 8, 2 / 8, 1 / 8]
+    seen = [choice[i] for i in range(10_000)]
+    counts = [0, 0, 0]
+    for number, (source, place) in enumerate(seen, start=1):
+        assert place == counts[source]
+        counts[source] += 1
+        assert all(abs(count - weight * number) < 6 for count, weight in zip(counts, weights, strict=True))
+    assert [choice[i] for i in (9_999, 3, 5_000)] == [seen[i] for i in (9_999, 3, 5_000)]
 
 
-def test_an_error_in_the_loader_thread_reaches_the_loop():
+def test_a_mixture_of_a_recipe_gives_rows_of_all_sources_and_validates_on_all(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a" * 50}] * 3)
+    write_jsonl(tmp_path / "b.jsonl", [{"body": "b" * 50}] * 3)
+    parts = f"[{{path: {tmp_path}/a.jsonl, weight: 3}}, {{path: {tmp_path}/b.jsonl, text_column: body}}]"
+    options = ["data.source=mixture", f"data.mixture={parts}", "data.validation_documents=1",
+               "data.sequence_length=16", f"data.cache_dir={tmp_path}"]  # fmt: skip
+    _, rows, validation, description = load_data(load_recipe(None, options))
+    letters = collections.Counter(bytes([rows.row(i).tokens[3]]) for i in range(100) if rows.row(i).tokens[3] < 256)
+    assert letters[b"a"] > 2.5 * letters[b"b"] > 0
+    assert validation.tokens[:].tolist() == [256, *b"a" * 50, 256, *b"b" * 50]
+    assert (description["train"]["documents"], description["validation"]["documents"]) == (4, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_loader_reaches_the_loop(workers):
     empty = StreamedRows(
         datasets.IterableDataset.from_generator(lambda: iter([{"text": ""}])), byte_tokenizer(), 9, seed=0
     )
-    batches = Batches(empty, Plan(1, 1, 1, 0, 1), torch.device("cpu"))
-    with pytest.raises(RecipeError, match="found no text for this process"):
+    batches = Batches(empty, Plan(1, 1, 1, 0, 1), torch.device("cpu"), workers=workers)
+    with pytest.raises(RecipeError, match="found no text"):
         next(batches)
     batches.close()
+
+
+def test_a_worker_that_dies_is_one_clear_error():
+    class Dies:
+        def row(self, index):
+            os._exit(3)
+
+    batches = Batches(Dies(), Plan(1, 1, 1, 0, 1), torch.device("cpu"), workers=1)
+    with pytest.raises(RecipeError, match="a process of data.workers died: .*data.workers 0"):
+        next(batches)
+    batches.close()
+
+
+def test_the_time_that_the_loop_waits_is_counted_and_other_time_is_not():
+    class Slow:
+        def row(self, index):
+            time.sleep(0.05)
+            return map_rows().row(index)
+
+    batches = Batches(Slow(), Plan(1, 1, 1, 0, 1), torch.device("cpu"), ahead=1)
+    for _ in range(4):
+        next(batches)
+    assert 0.1 < batches.waited() < 1
+    time.sleep(0.2)
+    next(batches)
+    assert batches.waited() < 0.1
+    batches.close()
+
+
+def test_installed_packages_are_a_corpus_split_by_package(tmp_path, monkeypatch):
+    for name, text in {
+        "one/a.py": "x" * 300, "one/b.py": "x" * 300, "two/sub/c.py": "y" * 300, "two/short.py": "y",
+        "two/__pycache__/d.py": "z" * 300, "three.py": "w" * 300, "two/notes.txt": "v" * 300,
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("fox_training.python_corpus.roots", lambda: [tmp_path])
+    train, validation = load_documents(DataRecipe(source="python", validation_packages=["two"]))
+    assert (train["id"][:], validation["id"][:]) == (["one/a.py", "three.py"], ["two/sub/c.py"])
+    with pytest.raises(RecipeError, match="data.validation_packages tow is not installed. Did you mean two"):
+        load_documents(DataRecipe(source="python", validation_packages=["tow"]))
 
 
 @pytest.mark.parametrize("overlap", [0, 3])

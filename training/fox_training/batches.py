@@ -9,23 +9,30 @@ Map mode: row i of the whole run is a pure function of (seed, epoch, index). Ste
 process a contiguous slice of them: any number of processes trains on the same global batches, and nothing but a
 counter is saved.
 
-Streaming mode: each process packs its share of the stream and permutes blocks of rows. The saved state is the position
-of the stream at the start of the block and the row inside it: a resumed run reads the block again and loses nothing.
+Streaming mode: each process reads the whole stream, packs it, permutes blocks of rows and keeps its own rows of each
+step. So here, too, any number of processes trains on the same global batches; the price is that each tokenises
+everything, which `prepare` spares. The saved state is the position of the stream at the start of the block and the row
+inside it: a resumed run reads the block again and loses nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
+import json
+import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from .data import TokenStream
 from .recipe import DataRecipe, RecipeError
+from .token_stream import TokenStream
 from .tokenizers import document_token_id, encode_documents
 
 if TYPE_CHECKING:
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
+_TEXTS_AT_ONCE = 32
+"""Documents that are tokenised together, which `tokenizers` does on several cores."""
 
 
 class Row(NamedTuple):
@@ -115,7 +124,7 @@ class StreamedRows:
     """Rows of an `IterableDataset`, in order, with a state that resumes exactly.
 
     Args:
-        documents: The share of this process, with a `text` column.
+        documents: With a `text` column.
         tokenizer: Its document token stands before each document.
         length: L, tokens in a row.
         seed: Seed of the order inside blocks.
@@ -127,7 +136,7 @@ class StreamedRows:
                  block: int = 1, reset: bool = True):  # fmt: skip
         self.documents, self.tokenizer = documents, tokenizer
         self.length, self.seed, self.block, self.reset = length, seed, block, reset
-        self._start = {"block": 0, "epoch": 0, "source": None, "tokens": [], "starts": []}
+        self._start = {"block": 0, "epoch": 0, "source": None, "used": 0, "tokens": [], "starts": []}
 
     def iterate(self, state: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Pairs of a row and the state from which the row after it comes next, without end.
@@ -151,7 +160,11 @@ class StreamedRows:
 
 
 class _Packer:
-    """Turns documents into rows; between rows its `state` is small and complete."""
+    """Turns documents into rows; between rows its `state` is small and complete.
+
+    Documents are read and tokenised a few at a time. `_before` is the position of the source in front of those that
+    are at hand, `_used` how many of them are already packed.
+    """
 
     def __init__(self, owner: StreamedRows, state: dict[str, Any]):
         self.owner = owner
@@ -163,12 +176,20 @@ class _Packer:
             owner.documents.load_state_dict(state["source"])
         self._source = iter(owner.documents)
         self._read_any = bool(state["source"])
+        self._ids: list[list[int]] = []
+        self._used = 0
+        self._before = state["source"]
+        self._moved = False  # whether this source has been read from since `_before`
+        if state["used"]:
+            self._fetch()
+            self._used = state["used"]
 
     def state(self) -> dict[str, Any]:
         return {
             "block": self.blocks,
             "epoch": self.epoch,
-            "source": copy.deepcopy(self.owner.documents.state_dict()),
+            "source": copy.deepcopy(self._before),
+            "used": self._used,
             "tokens": list(self.tokens),
             "starts": list(self.starts),
         }
@@ -176,30 +197,39 @@ class _Packer:
     def next_row(self) -> Row:
         length = self.owner.length
         while len(self.tokens) < length:
-            self._read_document()
+            self._next_document()
         tokens = np.array(self.tokens[:length], dtype=np.int64)
         starts = np.array([s for s in self.starts if s < length] if self.owner.reset else [], dtype=np.int64)
         self.tokens = self.tokens[length - 1 :]
         self.starts = [s - length + 1 for s in self.starts if s >= length - 1]
         return Row(tokens, positions_from_starts(starts, length))
 
-    def _read_document(self) -> None:
-        try:
-            text = next(self._source)["text"]
-        except StopIteration:
+    def _next_document(self) -> None:
+        while self._used == len(self._ids):
+            self._fetch()
+        self.starts.append(len(self.tokens))
+        self.tokens.append(document_token_id(self.owner.tokenizer))
+        self.tokens.extend(self._ids[self._used])
+        self._used += 1
+
+    def _fetch(self) -> None:
+        """The next few documents, of one epoch."""
+        if self._moved:
+            self._before = copy.deepcopy(self.owner.documents.state_dict())
+        rows = list(itertools.islice(self._source, _TEXTS_AT_ONCE))
+        self._moved = True
+        if not rows:
             if not self._read_any:
-                raise RecipeError("data.streaming found no text for this process. Use fewer processes.") from None
+                raise RecipeError("data.streaming found no text. Check data.path and data.text_column.")
             self.epoch += 1
             self.owner.documents.set_epoch(self.epoch)
             self._source = iter(self.owner.documents)
-            self._read_any = False
-            return
-        if not text:
-            return
-        self._read_any = True
-        self.starts.append(len(self.tokens))
-        self.tokens.append(document_token_id(self.owner.tokenizer))
-        self.tokens.extend(next(encode_documents(self.owner.tokenizer, [text])))
+            self._read_any = self._moved = False
+            self._before = None
+        texts = [row["text"] for row in rows if row["text"]]
+        self._read_any = self._read_any or bool(texts)
+        self._ids = list(encode_documents(self.owner.tokenizer, texts)) if texts else []
+        self._used = 0
 
 
 class Plan(NamedTuple):
@@ -232,57 +262,142 @@ def plan_batches(recipe: DataRecipe, rank: int, processes: int) -> Plan:
     return Plan(recipe.batch_size, micro, local // micro, rank, processes)
 
 
+class RowsByIndex(Protocol):
+    """Map mode: `PackedRows` or `MixedRows`."""
+
+    def row(self, index: int) -> Row: ...
+
+
+class RowsInOrder(Protocol):
+    """Streaming mode: `StreamedRows` or `MixedStream`."""
+
+    def iterate(self, state: dict[str, Any] | None = None) -> Iterator[tuple[Row, dict[str, Any]]]: ...
+
+
 class Batches:
-    """Optimizer steps of one process, prepared by a thread while the device works.
+    """Optimizer steps of one process, prepared by a thread or by processes while the device works.
 
     Iterating gives lists of micro-batches, dicts of `(rows, L)` int64 tensors `input_ids`, `position_ids`, `labels` on
-    `device`. `state_dict()` is the position after the step that was given out last, not that of the thread.
+    `device`. `state_dict()` is the position after the step that was given out last, not that of the workers.
 
     Args:
-        rows: `PackedRows` or `StreamedRows`.
+        rows: In either mode.
         plan: See `plan_batches`.
         device: Where the tensors go; from pinned memory and without waiting on CUDA.
-        state: What `state_dict` returned.
-        ahead: Steps the thread may be ahead.
+        state: What `state_dict` returned, on any number of processes.
+        ahead: Steps that may be ready in advance.
+        workers: Processes that prepare steps; 0 = a thread of this process. In streaming mode one is all that helps.
     """
 
-    def __init__(self, rows: PackedRows | StreamedRows, plan: Plan, device: torch.device, state: dict | None = None,
-                 ahead: int = 4):  # fmt: skip
+    def __init__(self, rows: RowsByIndex | RowsInOrder, plan: Plan, device: torch.device, state: dict | None = None,
+                 ahead: int = 4, workers: int = 0):  # fmt: skip
         self.rows, self.plan, self.device = rows, plan, device
         self._state = state or {"rows": 0}
-        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, daemon=True, name="fox-batches")
-        self._thread.start()
+        self._waited = 0.0
+        pin = device.type == "cuda"
+        if workers and "fork" in multiprocessing.get_all_start_methods():
+            self._items = _Processes(_Steps(rows, plan, self._state), workers, ahead, pin)
+        else:
+            self._items = _Thread(_Steps(rows, plan, self._state), ahead, pin)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> list[dict[str, torch.Tensor]]:
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        micro_batches, self._state = item
-        return [{k: v.to(self.device, non_blocking=True) for k, v in batch.items()} for batch in micro_batches]
+        began = time.perf_counter()
+        parts, state = self._items.get()
+        self._waited += time.perf_counter() - began
+        self._state = json.loads(state)
+        moved = [{k: v.to(self.device, non_blocking=True) for k, v in part.items()} for part in parts]
+        return [part | {"labels": part["input_ids"]} for part in moved]
+
+    def waited(self) -> float:
+        """Seconds that `next` has waited for data since this was last asked."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready position; in map mode the same on all processes."""
+        """JSON-ready position, the same on all processes."""
         return self._state
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread or the processes."""
+        self._items.close()
+
+
+class _Steps(torch.utils.data.IterableDataset):
+    """Pairs of the micro-batches of a step, in host memory, and the position behind it as JSON."""
+
+    def __init__(self, rows: RowsByIndex | RowsInOrder, plan: Plan, state: dict[str, Any]):
+        self.rows, self.plan, self.state = rows, plan, state
+        self.by_index = hasattr(rows, "row")
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, torch.Tensor]], str]]:
+        worker = torch.utils.data.get_worker_info()
+        every, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        steps = self._by_index(every, first) if self.by_index else self._in_order()
+        for rows, state in steps:
+            yield self._cut(rows), json.dumps(state)
+
+    def _by_index(self, every: int, first: int) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+        plan, local = self.plan, self.plan.rows // self.plan.processes
+        for step in itertools.count(first, every):
+            begin = self.state["rows"] + step * plan.rows
+            mine = begin + plan.rank * local
+            yield [self.rows.row(i) for i in range(mine, mine + local)], {"rows": begin + plan.rows}
+
+    def _in_order(self) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+        plan, local = self.plan, self.plan.rows // self.plan.processes
+        source, count = self.rows.iterate(self.state.get("stream")), self.state["rows"]
+        while True:
+            pairs = [next(source) for _ in range(plan.rows)]
+            count += plan.rows
+            mine = pairs[plan.rank * local : (plan.rank + 1) * local]
+            yield [row for row, _ in mine], {"rows": count, "stream": pairs[-1][1]}
+
+    def _cut(self, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
+        size = self.plan.micro_rows
+        parts = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        return [
+            {
+                "input_ids": torch.from_numpy(np.stack([row.tokens for row in part])),
+                "position_ids": torch.from_numpy(np.stack([row.positions for row in part])),
+            }
+            for part in parts
+        ]
+
+
+class _Thread:
+    """Prepares steps in a thread: NumPy and the tokenizers let go of the interpreter where they work long."""
+
+    def __init__(self, steps: _Steps, ahead: int, pin: bool):
+        self._steps, self._pin = steps, pin
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, daemon=True, name="fox-batches")
+        self._thread.start()
+
+    def get(self) -> tuple[list[dict[str, torch.Tensor]], str]:
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
         self._stop.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
         self._thread.join(timeout=5)
 
     def _fill(self) -> None:
         try:
-            for rows, state in self._steps():
-                item = (self._cut(rows), state)
+            for parts, state in self._steps:
+                if self._pin:
+                    parts = [{name: value.pin_memory() for name, value in part.items()} for part in parts]
                 while not self._stop.is_set():
                     try:
-                        self._queue.put(item, timeout=0.1)
+                        self._queue.put((parts, state), timeout=0.1)
                         break
                     except queue.Full:
                         continue
@@ -291,32 +406,52 @@ class Batches:
         except Exception as error:  # given to the training loop, which raises it
             self._queue.put(error)
 
-    def _steps(self) -> Iterator[tuple[list[Row], dict[str, Any]]]:
-        plan, local = self.plan, self.plan.rows // self.plan.processes
-        if isinstance(self.rows, PackedRows):
-            first = self._state["rows"]
-            while True:
-                mine = first + plan.rank * local
-                first += plan.rows
-                yield [self.rows.row(i) for i in range(mine, mine + local)], {"rows": first}
-        source = self.rows.iterate(self._state.get("stream"))
-        count = self._state["rows"]
-        while True:
-            pairs = [next(source) for _ in range(local)]
-            count += plan.rows
-            yield [row for row, _ in pairs], {"rows": count, "stream": pairs[-1][1]}
 
-    def _cut(self, rows: list[Row]) -> list[dict[str, torch.Tensor]]:
-        size = self.plan.micro_rows
-        batches = []
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            tokens = torch.from_numpy(np.stack([row.tokens for row in part]))
-            positions = torch.from_numpy(np.stack([row.positions for row in part]))
-            if self.device.type == "cuda":
-                tokens, positions = tokens.pin_memory(), positions.pin_memory()
-            batches.append({"input_ids": tokens, "position_ids": positions, "labels": tokens})
-        return batches
+class _Processes:
+    """Prepares steps in worker processes: worker w of W takes steps w, w + W, ...; they come out in order."""
+
+    def __init__(self, steps: _Steps, workers: int, ahead: int, pin: bool):
+        workers = workers if steps.by_index else 1
+        self._loader = iter(
+            torch.utils.data.DataLoader(
+                _Reporting(steps),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=max(2, -(-ahead // workers)),
+                pin_memory=pin,
+                multiprocessing_context="fork",
+                # A generator of its own: the loader would otherwise draw from the one that dropout draws from.
+                generator=torch.Generator(),
+            )
+        )
+
+    def get(self) -> tuple[list[dict[str, torch.Tensor]], str]:
+        try:
+            item = next(self._loader)
+        except RuntimeError as error:  # a worker was killed: PyTorch's message says which and by what signal
+            raise RecipeError(
+                f"a process of data.workers died: {str(error).splitlines()[0]} Start the same command again; with "
+                "data.workers 0 the data is read in the training process."
+            ) from error
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._loader._shutdown_workers()
+
+
+class _Reporting(torch.utils.data.IterableDataset):
+    """Hands an error over as it is, where PyTorch would wrap it in a traceback of text."""
+
+    def __init__(self, steps: _Steps):
+        self.steps = steps
+
+    def __iter__(self):
+        try:
+            yield from self.steps
+        except Exception as error:
+            yield error
 
 
 class EvaluationBatch(NamedTuple):

@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "train": "train from a recipe, or go on with a run that was interrupted",
     "evaluate": "perplexity, bits per byte, loss over context, pruned share and half-life of each head",
+    "prepare": "tokenise the data of a recipe into shards, once, on all cores",
     "generate": "continue a text",
     "card": "write the model card of a run",
     "publish": "put a trained model on the Hub",

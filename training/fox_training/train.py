@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -105,7 +104,7 @@ def train(
             run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
         start_trackers(accelerator, recipe.tracking, recipe_to_dict(recipe)["schedule"], first)
         run.progress = Progress(recipe.schedule.steps, first, enabled=run.is_main)
-        batches = Batches(rows, run.plan, run.device, data_state)
+        batches = Batches(rows, run.plan, run.device, data_state, workers=recipe.data.workers)
         try:
             return train_to_the_end(run, batches, first)
         finally:
@@ -313,7 +312,7 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
         "step": step,
         "processes": run.plan.processes,
         "fingerprint": run.fingerprint,
-        "data": data_state if "stream" not in data_state else None,
+        "data": data_state,
         "loss_sum": loss_sum,
         "loss_steps": run.loss_steps,
         "train_seconds": run.watch.seconds,
@@ -333,8 +332,6 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
 
     def write_own(folder: Path) -> None:
         ckpt.save_random_state(folder, run.plan.rank, run.device)
-        if "stream" in data_state:
-            (folder / f"data_{run.plan.rank:05d}.json").write_text(json.dumps(data_state), encoding="utf-8")
 
     if run.metrics is not None:
         run.metrics.sync()
@@ -370,7 +367,9 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
     run.loss_steps, run.best = state["loss_steps"], state["best"]
     run.watch.seconds = state["train_seconds"]
     run.accelerator.print(f"resumed from {folder.name}, written by {state['processes']} process(es)")
-    return state["step"], state["data"] or load_stream_position(run, folder, state)
+    if state["data"] is None:
+        raise RecipeError(f"{folder} has the position of a stream in an older form. Use another run.output_dir.")
+    return state["step"], state["data"]
 
 
 def load_masks(pruner: MaskedPruner, folder: Path) -> None:
@@ -401,16 +400,6 @@ def check_same_run(run: Run, state: dict[str, Any], allow_recipe_change: bool) -
         )
     for change in changes:
         run.accelerator.print(f"recipe changed: {change}")
-
-
-def load_stream_position(run: Run, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Position of this process in a stream."""
-    if state["processes"] != run.plan.processes:
-        raise RecipeError(
-            f"data.streaming resumes with the number of processes that wrote the checkpoint, {state['processes']}; "
-            f"got {run.plan.processes}. Start as many, or tokenise first with data.streaming false."
-        )
-    return json.loads((folder / f"data_{run.plan.rank:05d}.json").read_text(encoding="utf-8"))
 
 
 def should_stop(run: Run) -> bool:
