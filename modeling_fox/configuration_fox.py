@@ -105,6 +105,10 @@ class FoxConfig(PreTrainedConfig):
             Rotary position embedding on queries and keys. The decay tells distances apart, so FoX needs none.
         rope_theta (`float`, *optional*, defaults to 500000.0):
             Base of the rotary frequencies. Only read with `use_rope`.
+        use_multi_skip (`bool`, *optional*, defaults to `False`):
+            After every block, add the embeddings of the tokens times a number that the block learns and that starts
+            at 0, so that an untrained model is the same with and without. The multi-skip residual of
+            arXiv:2506.15544, which has 1 in place of that number, keeps gradients alive in deep networks of agents.
         fgate_type (`str`, *optional*, defaults to `"full"`):
             Forget gate of head h at token t: `"full"` sigmoid(w_h x_t + b_h); `"bias_only"` sigmoid(b_h), learned;
             `"fixed"` the same, not learned; `"none"` 1, ordinary softmax attention.
@@ -184,6 +188,7 @@ class FoxConfig(PreTrainedConfig):
     use_v_shift: bool = True
     use_rope: bool = False
     rope_theta: float | int = 500000.0
+    use_multi_skip: bool = False
     fgate_type: str = "full"
     fgate_decay_time_min: float | int | None = None
     fgate_decay_time_max: float | int | None = None

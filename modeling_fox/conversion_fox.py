@@ -182,7 +182,7 @@ def foreign_config_dict(config: PreTrainedConfig, target: str) -> dict[str, Any]
 
 
 def _refuse_what_they_lack(config: PreTrainedConfig, target: str) -> None:
-    allowed = {"hidden_act": ("silu", "sigmoid") if target == OFFICIAL else ("silu",)}
+    allowed = {"hidden_act": ("silu", "sigmoid") if target == OFFICIAL else ("silu",), "use_multi_skip": (False,)}
     allowed["head_dim"] = (config.hidden_size / config.num_attention_heads,)
     if config.use_qk_norm:
         allowed["qk_norm_eps"] = (QK_NORM_EPS,)

@@ -326,7 +326,7 @@ class FoxAttention(nn.Module):
 
 
 class FoxDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+    """Pre-norm block: attention, then MLP, each added to the residual stream; with multi-skip the embeddings too."""
 
     def __init__(self, config: FoxConfig, layer_idx: int):
         super().__init__()
@@ -335,10 +335,14 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = FoxRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.skip_scale = None
+        if config.use_multi_skip:  # CODEPATH: no published FoX; deep networks whose data keep changing
+            self.skip_scale = nn.Parameter(torch.zeros(1))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        embeddings: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -350,7 +354,10 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        if self.skip_scale is not None:
+            hidden_states = hidden_states + self.skip_scale * embeddings
+        return hidden_states
 
 
 @auto_docstring
@@ -377,6 +384,8 @@ class FoxPreTrainedModel(SavesCode, LoadsOtherCheckpoints, PreTrainedModel):
         bias = module.bias if type(module).__name__ == "FoxForgetGate" else getattr(module, "fgate_bias", None)
         if bias is not None:
             init.copy_(bias, torch.tensor(self.config.initial_forget_gate_bias(), device=bias.device))
+        if getattr(module, "skip_scale", None) is not None:
+            init.zeros_(module.skip_scale)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention is None:
@@ -456,9 +465,18 @@ class FoxModel(FoxPreTrainedModel):
             position_embeddings = self.rotary_emb(position_ids)
 
         hidden_states = self.dropout(inputs_embeds)
+        embeddings = None
+        if self.config.use_multi_skip:  # CODEPATH: no published FoX; see FoxDecoderLayer
+            if not all(hasattr(layer, "self_attn") for layer in self.layers):
+                raise ValueError(
+                    "`use_multi_skip` must be False in a pipeline: its later stages do not see the embeddings. Split "
+                    "the model with `tp_size` in place of `pp_size`."
+                )
+            embeddings = hidden_states
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
+                embeddings,
                 **masks,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,

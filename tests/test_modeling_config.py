@@ -46,6 +46,7 @@ TESTED_BELOW = {
     "bos_token_id",
     "eos_token_id",
     "qk_norm_shared",
+    "use_multi_skip",
     "log_pruning_tolerance",
     "pruning_rule",
 }
@@ -157,6 +158,59 @@ def test_has_as_many_parameters_as_the_official_model(config, num_parameters):
     with torch.device("meta"):
         model = FoxForCausalLM(make(vocab_size=50257, **config))
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+@torch.no_grad()
+def test_multi_skip_adds_the_embeddings_after_every_block_once_it_is_trained(tmp_path):
+    plain, model, tokens = tiny_fox(), tiny_fox(use_multi_skip=True), random_tokens(2, 21)
+    # An untrained one is the model without: nothing is added, and no other weight is drawn differently.
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    scales = {name: weight for name, weight in model.named_parameters() if "skip" in name}
+    assert [weight.shape for weight in scales.values()] == [(1,)] * 2
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(scales.values(), lr=0.1)
+        for _ in range(3):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert all(weight.abs() > 0.01 for weight in scales.values())
+    assert model(tokens, labels=tokens).loss < plain(tokens, labels=tokens).loss
+    hidden = embeddings = model.model.embed_tokens(tokens)
+    for layer, weight in zip(plain.model.layers, scales.values(), strict=True):
+        hidden = layer(hidden) + weight * embeddings
+    expected = model.lm_head(model.model.norm(hidden))
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FoxForCausalLM.from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+    # A model without it starts as one with it that has learned nothing of it yet.
+    plain.save_pretrained(tmp_path / "plain")
+    grown = FoxForCausalLM.from_pretrained(tmp_path / "plain", use_multi_skip=True)
+    assert torch.equal(grown(tokens).logits, plain(tokens).logits)
+
+
+def test_multi_skip_is_refused_in_a_pipeline():
+    model = tiny_fox(use_multi_skip=True)
+    model.model.layers[0] = torch.nn.Identity()  # as for the layers of another stage
+    with pytest.raises(ValueError, match="`use_multi_skip` must be False in a pipeline: .* Split the model with `tp_"):
+        model(random_tokens(1, 5))
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_multi_skip_has_the_gradients_of_every_way_to_checkpoint():
+    tokens, found = random_tokens(2, 21), []
+    for reentrant in (None, False, True):
+        model = tiny_fox(use_multi_skip=True).train()
+        for layer in model.model.layers:
+            torch.nn.init.ones_(layer.skip_scale)
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0, name
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
 def test_shared_qk_norm_gives_the_size_of_the_published_checkpoints():
