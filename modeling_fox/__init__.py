@@ -27,6 +27,7 @@ from transformers.models.auto import modeling_auto, tokenization_auto
 from .aliases_fox import register_aliases
 from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
+from .context_parallel_fox import ContextParallel, enable_context_parallel
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
 from .modeling_fox import FoxForCausalLM, FoxModel, FoxPreTrainedModel
 from .modeling_heads_fox import FoxForQuestionAnswering, FoxForSequenceClassification, FoxForTokenClassification
@@ -64,6 +65,7 @@ for model_class in (
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["JSONGPT2Tokenizer"] = JSONGPT2Tokenizer
 
 __all__ = [
+    "ContextParallel",
     "FoxConfig",
     "FoxDynamicLayer",
     "FoxForCausalLM",
@@ -75,6 +77,7 @@ __all__ = [
     "FoxStaticLayer",
     "JSONGPT2Tokenizer",
     "PruningStats",
+    "enable_context_parallel",
     "forget_gates",
     "pruning_stats",
 ]

@@ -17,6 +17,7 @@ Letters:  B batch, T new tokens, S cached and new tokens, H query heads, H_kv ke
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,7 @@ class FoxAttention(nn.Module):
     Attributes:
         gate_sink: Called with the log gates of each forward, `(B, H, T)` fp32; see `forget_gates`.
         pruning_sink: Called with pruned fraction and lost mass bound, `(H,)` each; see `pruning_stats`.
+        context_parallel: Set by `enable_context_parallel`, when the T new tokens are a part of longer rows.
     """
 
     def __init__(self, config: FoxConfig, layer_idx: int):
@@ -151,6 +153,7 @@ class FoxAttention(nn.Module):
         self.is_causal = True
         self.gate_sink: Callable | None = None
         self.pruning_sink: Callable | None = None
+        self.context_parallel = None
 
         hidden_size, num_heads = config.hidden_size, config.num_attention_heads
         num_kv_heads = config.num_key_value_heads
@@ -239,6 +242,8 @@ class FoxAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.context_parallel is not None:
+            attention_interface = partial(self.context_parallel.attend, attention_interface)
         output, weights = attention_interface(
             self,
             query,
@@ -276,7 +281,9 @@ class FoxAttention(nn.Module):
             cache_layer: Knows the token before the first new one; `None` if there is none, which stands for zeros.
         """
         before = None if cache_layer is None else cache_layer.past_shift(name)
-        if before is None:
+        if before is None and self.context_parallel is not None:
+            before = self.context_parallel.previous_token(projection)
+        elif before is None:
             before = torch.zeros_like(projection[:, :1])
         extended = torch.cat([before, projection], dim=1)
         if last_real_token is not None:
@@ -416,6 +423,7 @@ class FoxModel(FoxPreTrainedModel):
         if config.use_rope:  # CODEPATH: no published FoX; Transformer (Pro), the paper's baseline
             self.rotary_emb = FoxRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.context_parallel = None
         self.post_init()
 
     @merge_with_config_defaults
@@ -450,7 +458,11 @@ class FoxModel(FoxPreTrainedModel):
         own = next((idx for idx, layer in enumerate(self.layers) if hasattr(layer, "self_attn")), 0)
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             position_ids = positions_of_documents(kwargs["cu_seq_lens_q"], inputs_embeds)
-        masks = make_masks(self.config, inputs_embeds, attention_mask, position_ids, past_key_values, own)
+        context = (self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if self.context_parallel is None:
+            masks = make_masks(*context, own)
+        else:
+            masks, position_ids = self.context_parallel.make_masks(*context)
         num_tokens = inputs_embeds.shape[1]
         # In a static cache this is a tensor that the layers below count up.
         num_seen = 0 if past_key_values is None else past_key_values.get_seq_length(own)
