@@ -172,6 +172,10 @@ def test_what_cannot_be_prepared_is_one_clear_error(tmp_path, monkeypatch):
         prepared(tmp_path, "data.tokenizer.kind=char")
     with pytest.raises(RecipeError, match="data.exclude_shards train-1 is no shard .*Did you mean train-0000"):
         load_data(shards_recipe(tmp_path / "shards", "data.exclude_shards=[train-1]"))
+    with pytest.raises(RecipeError, match=r"data.validation_documents 6 is not what .* prepared with \(5\)"):
+        load_data(shards_recipe(tmp_path / "shards", "data.validation_documents=6"))
+    same = shards_recipe(tmp_path / "shards", "data.validation_documents=5", "data.streaming=true")
+    assert load_data(same)[3]["validation"]["validation_documents"] == 5
     with pytest.raises(RecipeError, match="holds no finished shards. Is it the one"):
         load_data(shards_recipe(tmp_path))
     with pytest.raises(RecipeError, match="prepare takes one source of text"):

@@ -31,6 +31,7 @@ FIGURES = {
 DATASETS = {
     "bundled": "State of the Union messages 1790-1803",
     "sotu": "State of the Union messages",
+    "python": "Python source of installed packages",
 }
 METRICS = {
     "bits_per_byte": "Bits per byte",
@@ -192,6 +193,8 @@ def exported_validation(facts: dict[str, Any]) -> dict[str, Any] | None:
 def dataset_name(recipe: dict[str, Any]) -> str:
     """The data of a recipe in words."""
     data = recipe["data"]
+    if data["source"] == "mixture":
+        return ", ".join(dataset_name({"data": part}) for part in data["mixture"])
     return DATASETS.get(data["source"]) or (data["path"] if data["source"] == "hub" else Path(data["path"]).name)
 
 

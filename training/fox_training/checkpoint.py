@@ -194,9 +194,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} does not fit the model: {str(error).strip().splitlines()[0]}") from error
 
 
-def save_tokenizer_and_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """What `from_pretrained` loads: config, weights as safetensors, tokenizer."""
-    model.save_pretrained(folder)
+def save_tokenizer_and_model(
+    model: nn.Module, tokenizer: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """What `from_pretrained` loads: config, weights as safetensors (or those given), tokenizer."""
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

@@ -103,16 +103,29 @@ def pruned_share(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> floa
     torch.compile build a second graph.
     """
     with modeling_fox.pruning_stats(model) as stats:
-        model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        # Of the logits only the last: the whole model is called, for FSDP2 gathers its weights then.
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=1)
     return stats.pruned_fraction.mean().item()
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`save_pretrained` of model and tokenizer into `folder`, which is replaced in one step."""
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """`save_pretrained` of model and tokenizer into `folder`, which is replaced in one step.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where they go.
+        weights: Its whole weights, where it holds only parts of them.
+    """
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one bar for one shard says nothing and tears the bar of the training
     try:
-        write_folder(folder, lambda work: save_tokenizer_and_model(model, tokenizer, work), manifest=False)
+        write_folder(folder, lambda work: save_tokenizer_and_model(model, tokenizer, work, weights), manifest=False)
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -71,11 +71,23 @@ def _open_shards(recipe: Recipe, is_main: bool) -> tuple[Any, list[TokenStream],
         )
     if len(folders) == 1:
         folders[0].check_excluded(data.exclude_shards)
+    for folder in folders:
+        _check_split(data, folder)
     options = {"exclude": data.exclude_shards, "verify": data.verify_shards and is_main}
     train = [folder.stream("train", **options) for folder in folders]
     if None in train:
         raise RecipeError(f"{folders[train.index(None)].path} holds no training shards. Prepare it again.")
     return folders[0].tokenizer(), train, [folder.stream("validation", **options) for folder in folders]
+
+
+def _check_split(data: DataRecipe, folder: ShardFolder) -> None:
+    """A recipe may repeat how the validation documents were chosen, but not change it."""
+    for way, value in split_description(data).items():
+        if value != (before := folder.plan.get(way)):
+            raise RecipeError(
+                f"data.{way} {value} is not what the shards in {folder.path} were prepared with ({before}). Leave it "
+                "out, or prepare them again."
+            )
 
 
 def _open_texts(recipe: Recipe, is_main: bool) -> tuple[Any, list[Any], list[TokenStream | None]]:

@@ -113,6 +113,53 @@ def training_curve(
     _save(figure, path)
 
 
+def curves(
+    path: Path,
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    groups: dict[str, str] | None = None,
+    levels: dict[str, float] | None = None,
+    log: bool = False,
+):
+    """Several lines in one figure.
+
+    Args:
+        path: PNG to write.
+        lines: Name to x and y values.
+        x: What the x axis is, with its unit.
+        y: The same of the y axis.
+        title: Of the figure.
+        groups: Name of a line to its group; lines of one group share a colour and stand in the legend once.
+        levels: Name and y value of horizontal lines.
+        log: Logarithmic y axis.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _figure(6.4, 4.0)
+    colours: dict[str, str] = {}
+    for name, (at, values) in lines.items():
+        group = (groups or {}).get(name, name)
+        label = None if group in colours else group
+        colour = colours.setdefault(group, f"C{len(colours) % 10}")
+        axes.plot(at, values, linewidth=1.2, alpha=0.8, color=colour, label=label, marker="o", markersize=2)
+    for name, level in (levels or {}).items():
+        axes.axhline(level, color="grey", linestyle="--", linewidth=1)
+        axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    if colours:
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def _write_cells(axes: Axes, image, shown: np.ndarray):
     for layer, head in np.ndindex(*shown.shape):
         value = shown[layer, head]

@@ -351,7 +351,7 @@ def _validate_sources(data: DataRecipe) -> None:
     kinds = {part.source == "shards" for part in data.mixture}
     if len(kinds) > 1:
         raise RecipeError("data.mixture must be of shards only, or without any: prepare all sources, or none.")
-    if data.validation_packages and data.source != "python":
+    if data.validation_packages and data.source not in ("python", "shards"):
         raise RecipeError(f"data.validation_packages needs data.source python; got {data.source}.")
     if data.exclude_shards and not reads_shards(data):
         raise RecipeError(f"data.exclude_shards needs data.source shards; got {data.source}.")
@@ -384,9 +384,10 @@ def _validate_split(recipe: Recipe) -> None:
     chosen = [name for name, on in ways.items() if on]
     if len(chosen) > 1:
         raise RecipeError(f"only one way to hold out data may be set; got {' and '.join(chosen)}.")
-    if reads_shards(data) and chosen:
-        raise RecipeError(f"{chosen[0]} was decided when the shards were prepared. Leave it out.")
     sources = [part.source for part in data.mixture] or [data.source]
+    if reads_shards(data):
+        # A recipe that streams text takes its prepared shards without being changed.
+        data.streaming = False
     if data.streaming and not set(sources) <= {"local", "hub"}:
         raise RecipeError(f"data.streaming needs data.source local or hub; got {', '.join(sources)}.")
     if data.mixture and (data.validation_ids or data.validation_split is not None or data.join_documents):

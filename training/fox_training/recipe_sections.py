@@ -29,7 +29,9 @@ class RunRecipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; the weights stay fp32. auto = bf16 on a GPU that has it, else fp32."""
     compile: bool = False
-    """torch.compile the model: slower first step, faster ones after it."""
+    """torch.compile the layers, one for all, and the loss: slower first step, faster ones after it."""
+    activation_checkpointing: bool = False
+    """Compute the activations of a layer again in the backward pass: a third more arithmetic, much less memory."""
     deterministic: bool = False
     """Ask PyTorch for deterministic GPU algorithms, so that two runs agree bit for bit (the CPU needs no asking)."""
 
@@ -241,6 +243,8 @@ class CheckpointRecipe:
 
     every_steps: int = 500
     """Steps between resumable checkpoints; 0 = only at the end."""
+    final: bool = True
+    """Write a resumable checkpoint after the last step, too; false = only OUT/model."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     resume: Literal["auto", "must", "never"] = "auto"
@@ -261,6 +265,8 @@ class TrackingRecipe:
     """Project name for the trackers."""
     pruning: bool = True
     """Log the share of attention that pruning skipped (fox_acp with a tolerance only)."""
+    heads: bool = True
+    """At each evaluation, write half-life and pruned share of every head to heads.jsonl (models with gates only)."""
 
 
 @dataclass

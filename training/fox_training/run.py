@@ -18,6 +18,7 @@ from . import provenance
 from .batches import Plan, RowsByIndex, RowsInOrder, plan_batches
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
+from .parallel import Parallel, plain_accelerate
 from .pipeline import load_data
 from .recipe import Recipe, RecipeError, SparsityRecipe, save_recipe, summary
 from .sparsity import DEFAULT_EXCLUDE, MaskedPruner, SparsityConfig
@@ -43,6 +44,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     average: WeightAverage | None
     pruner: MaskedPruner | None
+    parallel: Parallel
     plan: Plan
     validation: TokenStream | None
     fingerprint: str
@@ -51,6 +53,7 @@ class Run:
     arguments: list[str]  # of the command line
     progress: Progress | None = None
     metrics: MetricsLog | None = None
+    heads: MetricsLog | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     best: dict[str, float] | None = None  # {"step", "loss"} of the lowest validation loss
     loss_sum: Any = None  # (), fp64 on the device: loss since the last logged step
@@ -116,7 +119,7 @@ def lock_output(out: Path, is_main: bool):
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate for one process per device: one CPU, one GPU, or DDP over several.
+    """Accelerate for one process per device. FSDP2, tensor and context parallelism are `parallel.Parallel`'s.
 
     Raises:
         RecipeError: If the launcher started more processes than Accelerate sees, or with a plugin this loop ignores.
@@ -124,12 +127,13 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     cpu = recipe.run.device == "cpu" or not torch.cuda.is_available()
     log_with = recipe.tracking.trackers or None
     # "no": the loop opens autocast itself, see Run.precision.
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no",
-        log_with=log_with,
-        project_dir=recipe.run.output_dir if log_with else None,
-    )
+    with plain_accelerate():
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",
+            log_with=log_with,
+            project_dir=recipe.run.output_dir if log_with else None,
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RecipeError(
@@ -173,15 +177,16 @@ def set_up(
 ) -> tuple[Run, RowsByIndex | RowsInOrder]:
     """Data, tokenizer, model and optimizers of a run, all as at step 0."""
     accelerator.print(summary(recipe))
-    plan = plan_batches(recipe.data, accelerator.process_index, accelerator.num_processes)
+    parallel = Parallel.from_environment(accelerator.num_processes)
+    plan = plan_batches(recipe.data, parallel.data_rank, parallel.data_processes)
     with accelerator.main_process_first():
         tokenizer, rows, validation, description = load_data(recipe, is_main=accelerator.is_main_process)
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, tokenizer).to(accelerator.device)
-    optimizers = build_optimizers(model, recipe.optimizer)
-    forward = accelerator.prepare_model(model)
-    if recipe.run.compile:
-        forward = torch.compile(forward)
+    forward = parallel.prepare(
+        model, accelerator, compile=recipe.run.compile, checkpointing=recipe.run.activation_checkpointing
+    )
+    optimizers = parallel.prepare_optimizers(build_optimizers(model, recipe.optimizer))
     decay = recipe.optimizer.ema_decay
     run = Run(
         recipe=recipe,
@@ -193,6 +198,7 @@ def set_up(
         optimizers=optimizers,
         average=WeightAverage(model, decay) if decay > 0 else None,
         pruner=build_pruner(model, recipe.sparsity, recipe.schedule.steps),
+        parallel=parallel,
         plan=plan,
         validation=validation,
         fingerprint=description["fingerprint"],
@@ -202,7 +208,7 @@ def set_up(
     )
     run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     # Each process its own random numbers from here on; the weights above are the same on all.
-    torch.manual_seed(recipe.run.seed + 1 + plan.rank)
+    torch.manual_seed(recipe.run.seed + 1 + parallel.random_rank)
     accelerator.print(describe_run(run, description))
     return run, rows
 
@@ -233,7 +239,8 @@ def write_descriptions(run: Run) -> None:
 def environment(run: Run) -> dict[str, Any]:
     """Command, commit, hardware and versions of this run, for the model card."""
     described = provenance.describe(provenance.command_line("fox_training.train", run.arguments))
-    return described | {"processes": run.plan.processes, "mixed_precision": "bf16" if run.autocast else "fp32"}
+    precision = "bf16" if run.autocast else "fp32"
+    return described | {"processes": run.accelerator.num_processes, "mixed_precision": precision}
 
 
 def describe_run(run: Run, description: dict[str, Any]) -> str:
@@ -249,7 +256,8 @@ def describe_run(run: Run, description: dict[str, Any]) -> str:
     )
     return (
         f"model    {run.model.config.model_type}, {total:,} weights ({body:,} without the embedding), attention "
-        f"{run.model.config._attn_implementation}, {'bf16 autocast' if run.autocast else 'fp32'} on {run.device}\n"
+        f"{run.model.config._attn_implementation}, {'bf16 autocast' if run.autocast else 'fp32'} on {run.device}"
+        f"{', ' + run.parallel.describe() if run.parallel.is_collective else ''}\n"
         f"data     {size}, fingerprint {description['fingerprint']}\n"
         f"batch    {run.tokens_per_step:,} tokens = {plan.micro_rows} rows x {length} tokens x {plan.accumulation} "
         f"accumulation x {plan.processes} processes; {run.recipe.schedule.steps:,} steps{epochs}"

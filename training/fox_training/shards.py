@@ -55,6 +55,11 @@ class ShardFolder:
             raise RecipeError(f"{self.path / PREPARED} cannot be read: {error}. Run `fox prepare` again.") from error
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """The data section that the shards were prepared from."""
+        return json.loads((self.path / PLAN).read_text(encoding="utf-8"))["data"]
+
+    @property
     def tokenizer_hash(self) -> str:
         """Of the tokenizer that wrote the tokens."""
         return self.described["tokenizer"]["hash"]
@@ -161,9 +166,10 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def decoded(stream: TokenStream, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, str]]:
-    """The documents of a stream as text again, rows with `id` and `text`."""
-    ends = [*stream.starts[1:].tolist(), len(stream.tokens)]
-    for number, (begin, end) in enumerate(zip(stream.starts.tolist(), ends, strict=True)):
-        ids = stream.tokens[begin + 1 : end].tolist()
+def decoded(stream: TokenStream, tokenizer: PreTrainedTokenizerBase, every: int = 1) -> Iterator[dict[str, str]]:
+    """Every `every`-th document of a stream as text again, rows with `id` and `text`."""
+    starts, total = stream.starts, len(stream.tokens)
+    for number in range(0, len(starts), every):
+        end = int(starts[number + 1]) if number + 1 < len(starts) else total
+        ids = stream.tokens[int(starts[number]) + 1 : end].tolist()
         yield {"id": str(number), "text": tokenizer.decode(ids, clean_up_tokenization_spaces=False)}

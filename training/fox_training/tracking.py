@@ -141,6 +141,11 @@ def log_line(values: dict[str, Any]) -> str:
     """The figures of a logged step in one line."""
     parts = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.2e}", f"gnorm {values['grad_norm']:.2f}"]
     parts.append(f"{values['tokens_per_second']:,.0f} tok/s")
+    if "mfu" in values:
+        parts.append(f"mfu {100 * values['mfu']:.1f}%")
+    # A share that no longer vanishes in the rounding: the device waits for the data.
+    if values.get("data_wait", 0) >= 0.01:
+        parts.append(f"data wait {100 * values['data_wait']:.0f}%")
     if "pruned_fraction" in values:
         parts.append(f"pruned {100 * values['pruned_fraction']:.1f}%")
     return " | ".join(parts)

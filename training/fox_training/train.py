@@ -18,14 +18,17 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import checkpoint as ckpt
+from . import parallel
 from .batches import Batches, evaluation_batches
 from .card import write_card
+from .flops import flops_per_token, peak_flops
 from .models import export_model, pruned_share, prunes
 from .optimizers import set_learning_rate
 from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict
@@ -33,6 +36,7 @@ from .recipe_help import describe_fields
 from .run import Run, lock_output, open_output, set_up, start_accelerator, write_descriptions
 from .sparsity import MaskedPruner
 from .tracking import MetricsLog, Progress, check_trackers, start_trackers
+from .watching import by_layer, has_gates, observe_heads
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +106,7 @@ def train(
         if run.is_main:
             write_descriptions(run)
             run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
+            run.heads = MetricsLog(out / "heads.jsonl", after_step=first)
         start_trackers(accelerator, recipe.tracking, recipe_to_dict(recipe)["schedule"], first)
         run.progress = Progress(recipe.schedule.steps, first, enabled=run.is_main)
         batches = Batches(rows, run.plan, run.device, data_state, workers=recipe.data.workers)
@@ -110,8 +115,9 @@ def train(
         finally:
             batches.close()
             run.progress.close()
-            if run.metrics is not None:
-                run.metrics.close()
+            for log_file in (run.metrics, run.heads):
+                if log_file is not None:
+                    log_file.close()
             if recipe.tracking.trackers:
                 accelerator.end_training()
 
@@ -135,14 +141,14 @@ def train_steps(run: Run, batches: Batches, first: int) -> dict[str, Any]:
     run.forward.train()
     run.watch.start()
     for step in range(first + 1, steps + 1):  # `step` counts the optimizer steps done when this round is over
-        micro_batches = next(batches)
+        micro_batches = [run.parallel.local(batch) for batch in next(batches)]
         share = set_learning_rate(run.optimizers, step - 1, recipe.schedule)
         grad_norm = optimizer_step(run, micro_batches, step)
         run.progress.step()
 
         stopping = False
         if step % recipe.tracking.log_every_steps == 0 or step == steps:
-            log(run, step, share * recipe.optimizer.learning_rate, grad_norm, micro_batches[0])
+            log(run, step, share * recipe.optimizer.learning_rate, grad_norm, micro_batches[0], batches.waited())
             stopping = should_stop(run)
         elif run.accelerator.num_processes == 1:
             stopping = bool(run.stop_signal)
@@ -150,7 +156,8 @@ def train_steps(run: Run, batches: Batches, first: int) -> dict[str, Any]:
         run.watch.stop()
         if is_due(step, steps, recipe.evaluation.every_steps) and run.validation is not None:
             last = {"step": step, **evaluate(run, step)}
-        if stopping or is_due(step, steps, recipe.checkpoint.every_steps):
+        needed = recipe.checkpoint.final or step < steps
+        if stopping or (needed and is_due(step, steps, recipe.checkpoint.every_steps)):
             save(run, step, batches.state_dict())
         if stopping:
             return {**last, "step": step}
@@ -168,10 +175,10 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
     """One optimizer step over all micro-batches; returns the gradient norm before clipping, on the device.
 
     The loss of a micro-batch is its sum over the tokens of the whole step, times the number of processes because DDP
-    takes the mean over them: accumulation and the number of processes change nothing but rounding.
+    and FSDP2 take the mean over them: accumulation and the number of processes change nothing but rounding.
     """
     recipe = run.recipe
-    labels = run.plan.rows * (recipe.data.sequence_length - 1) / run.plan.processes
+    labels = run.plan.rows * (recipe.data.sequence_length - 1) / run.parallel.gradient_parts
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     for number, batch in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
@@ -181,7 +188,7 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
             loss.backward()
         loss_sum += loss.detach()
     parameters = [p for group in run.optimizers for g in group.param_groups for p in g["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optimizer.max_grad_norm or math.inf)
+    grad_norm = parallel.clip_gradients(parameters, recipe.optimizer.max_grad_norm or math.inf)
     for optimizer in run.optimizers:
         optimizer.step()
     for optimizer in run.optimizers:  # after all steps: rigl and saliency look at the gradients of the last one
@@ -195,22 +202,33 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
     return grad_norm
 
 
-def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-    """Write the figures since the last logged step. The first place where the device is waited for."""
+def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batch: dict[str, torch.Tensor],
+        waited: float) -> None:  # fmt: skip
+    """Write the figures since the last logged step. The first place where the device is waited for.
+
+    `data_wait` is the share of the time in which this process had no batch, `mfu` the share of the devices' peak that
+    `flops.FORMULA` counts.
+    """
     loss = total_loss(run) / max(1, run.loss_steps)
     norm = grad_norm.item()
     seconds = run.watch.lap()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(run, step, loss, norm)
+    speed = run.loss_steps * run.tokens_per_step / seconds if seconds > 0 else 0.0
     values = {
         "step": step,
         "tokens": step * run.tokens_per_step,
         "loss": loss,
         "lr": learning_rate,
         "grad_norm": norm,
-        "tokens_per_second": run.loss_steps * run.tokens_per_step / seconds if seconds > 0 else 0.0,
+        "tokens_per_second": speed,
+        "data_wait": min(1.0, waited / seconds) if seconds > 0 else 0.0,
         "train_seconds": run.watch.seconds,
     }
+    peak = peak_flops(torch.cuda.get_device_name(run.device)) if run.device.type == "cuda" else None
+    if peak is not None:
+        needed = speed * flops_per_token(run.model, run.recipe.data.sequence_length)
+        values["mfu"] = needed / (peak * run.accelerator.num_processes)
     if run.pruner is not None:
         values["sparsity"] = run.pruner.sparsity()
     if run.recipe.tracking.pruning and prunes(run.model):
@@ -253,20 +271,22 @@ def validation_loss(run: Run) -> dict[str, float]:
     length = recipe.evaluation.sequence_length or recipe.data.sequence_length
     rows = recipe.evaluation.batch_size or run.plan.micro_rows
     sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # nats, tokens
-    for batch in evaluation_batches(
+    batches = evaluation_batches(
         run.validation,
         length,
         rows,
         overlap=recipe.evaluation.overlap,
         rank=run.plan.rank,
         processes=run.plan.processes,
-    ):
-        inputs = {name: value.to(run.device) for name, value in batch._asdict().items()}
+    )
+    for batch in run.parallel.in_step(batches):
+        inputs = run.parallel.local({name: value.to(run.device) for name, value in batch._asdict().items()})
         with run.precision():
             nats = run.model(**inputs, use_cache=False, num_items_in_batch=1).loss
         sums[0] += nats
-        sums[1] += int((batch.labels[:, 1:] >= 0).sum())
-    nats, tokens = run.accelerator.reduce(sums, reduction="sum").tolist()
+        sums[1] += (inputs["labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]).ge(0).sum()
+    # The processes that share out a matrix have all come to the same sums.
+    nats, tokens = (run.accelerator.reduce(sums, reduction="sum") / run.parallel.tensor).tolist()
     return {
         "eval_loss": nats / tokens,
         "eval_bits_per_byte": nats / math.log(2) / run.validation.num_bytes,
@@ -286,8 +306,14 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         is_best = is_final and (run.best is None or values["eval_loss"] < run.best["loss"])
         if is_best:
             run.best = {"step": step, "loss": values["eval_loss"]}
-            if run.recipe.checkpoint.export == "best" and run.is_main:
-                ckpt.write_folder(run.out / "checkpoints" / "best", lambda folder: write_best(run, folder))
+            if run.recipe.checkpoint.export == "best":
+                write_weights = parallel.weights_writer(run.model, keep=run.is_main)
+                if run.is_main:
+                    best = run.out / "checkpoints" / "best"
+                    ckpt.write_folder(best, lambda folder: write_best(run, folder, write_weights))
+        # A forward pass of one process alone, or of all where they need each other for it.
+        if run.recipe.tracking.heads and has_gates(run.model) and (run.is_main or run.parallel.is_collective):
+            watch_heads(run, step)
     run.model.train()
     write_metrics(run, {"step": step, **values, "train_seconds": run.watch.seconds})
     mark = " (best so far)" if is_best else ""
@@ -297,9 +323,23 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     return values
 
 
-def write_best(run: Run, folder: Path) -> None:
+def watch_heads(run: Run, step: int) -> None:
+    """Half-life and pruned share of every head on the first validation rows: one line of heads.jsonl."""
+    rows = run.recipe.evaluation.batch_size or run.plan.micro_rows
+    length = run.recipe.evaluation.sequence_length or run.recipe.data.sequence_length
+    batch = next(evaluation_batches(run.validation, length, rows))
+    inputs = run.parallel.local({name: value.to(run.device) for name, value in batch._asdict().items()})
+    with run.precision():
+        observed = observe_heads(run.model, inputs)
+    if run.heads is not None:
+        run.heads.write({"step": step, **observed})
+    if run.recipe.tracking.trackers:
+        run.accelerator.log(by_layer(observed), step=step)
+
+
+def write_best(run: Run, folder: Path, write_weights: Callable[[Path], None]) -> None:
     """Weights of the lowest validation loss, and which step they are of."""
-    ckpt.save_weights(run.model, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors")
     ckpt.save_state({"best": run.best}, folder)
 
 
@@ -310,7 +350,7 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
         raise diverged(run, step, loss_sum, math.nan)
     state = {
         "step": step,
-        "processes": run.plan.processes,
+        "processes": run.accelerator.num_processes,
         "fingerprint": run.fingerprint,
         "data": data_state,
         "loss_sum": loss_sum,
@@ -320,21 +360,28 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
         "recipe": recipe_to_dict(run.recipe),
     }
 
+    # Here and not below: where the processes hold parts, all of them must give theirs.
+    write_weights = parallel.weights_writer(run.model, keep=run.is_main)
+    write_optimizers = [parallel.optimizer_writer(x, keep=run.is_main) for x in run.optimizers]
+    average = {} if run.average is None else parallel.whole_tensors(run.average.state_dict(), keep=run.is_main)
+    masks = {} if run.pruner is None else run.pruner.state_dict()
+
     def write_main(folder: Path) -> None:
-        ckpt.save_weights(run.model, folder / "model.safetensors")
-        if run.average is not None:
-            ckpt.save_tensors(run.average.state_dict(), folder / "average.safetensors")
-        if run.pruner is not None:
-            ckpt.save_tensors(run.pruner.state_dict(), folder / "sparsity.safetensors")
-        for number, optimizer in enumerate(run.optimizers):
-            ckpt.save_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
+        write_weights(folder / "model.safetensors")
+        if average:
+            ckpt.save_tensors(average, folder / "average.safetensors")
+        if masks:
+            ckpt.save_tensors(masks, folder / "sparsity.safetensors")
+        for number, write in enumerate(write_optimizers):
+            write(folder / f"optimizer_{number}.safetensors")
         ckpt.save_state(state, folder)
 
     def write_own(folder: Path) -> None:
-        ckpt.save_random_state(folder, run.plan.rank, run.device)
+        ckpt.save_random_state(folder, run.accelerator.process_index, run.device)
 
-    if run.metrics is not None:
-        run.metrics.sync()
+    for log_file in (run.metrics, run.heads):
+        if log_file is not None:
+            log_file.sync()
     run.checkpoints.save(step, write_main, write_own, is_main=run.is_main, barrier=run.accelerator.wait_for_everyone)
 
 
@@ -354,14 +401,15 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
         raise RecipeError(f"checkpoint.resume is never and {folder} exists. Use another run.output_dir, or auto.")
     state = ckpt.load_state(folder)
     check_same_run(run, state, allow_recipe_change)
-    ckpt.load_weights(run.model, folder / "model.safetensors")
+    parallel.read_weights(run.model, folder / "model.safetensors")
     if run.average is not None:
-        run.average.load_state_dict(ckpt.load_tensors(folder / "average.safetensors"))
+        average = ckpt.load_tensors(folder / "average.safetensors")
+        run.average.load_state_dict(parallel.parts_like(average, run.average.state_dict()))
     if run.pruner is not None:
         load_masks(run.pruner, folder)
     for number, optimizer in enumerate(run.optimizers):
-        ckpt.load_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
-    if not ckpt.load_random_state(folder, run.plan.rank, run.device):
+        parallel.read_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
+    if not ckpt.load_random_state(folder, run.accelerator.process_index, run.device):
         run.accelerator.print("random state restarted: the checkpoint was written by fewer processes.")
     run.loss_sum.fill_(state["loss_sum"])
     run.loss_steps, run.best = state["loss_steps"], state["best"]
@@ -435,15 +483,18 @@ def catch_signals(run: Run):
 def finish(run: Run) -> None:
     """Write OUT/model, which `from_pretrained` loads."""
     run.accelerator.wait_for_everyone()
-    if not run.is_main:
-        return
     best = run.out / "checkpoints" / "best"
     run.model.eval()
     with run.averaged():
         if run.recipe.checkpoint.export == "best":
             ckpt.verify_folder(best)
-            ckpt.load_weights(run.model, best / "model.safetensors")
-        export_model(run.model, run.tokenizer, run.out / "model")
+            parallel.read_weights(run.model, best / "model.safetensors")
+        # All that hold a part give theirs.
+        weights = parallel.whole_weights(run.model, keep=run.is_main) if parallel.is_spread(run.model) else None
+        if run.is_main:
+            export_model(run.model, run.tokenizer, run.out / "model", weights)
+    if not run.is_main:
+        return
     write_card(run.out)
     which = f"step {run.best['step']}, the best" if run.recipe.checkpoint.export == "best" else "the last step"
     run.progress.say(f"saved {run.out / 'model'} ({which}) after {run.watch.seconds:.1f} s of training")

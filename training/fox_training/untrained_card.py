@@ -27,7 +27,7 @@ TEMPLATE = """\
 **Not trained yet: there are no weights, and nothing was measured.** This card says what the recipe would train. It is
 written by `python -m fox_training.untrained_card` from that file alone.
 
-A Forgetting Transformer (FoX, [arXiv:2503.02130](https://arxiv.org/abs/2503.02130)), variant {variant}:
+{kind}, variant {variant}:
 {layers} layers, {heads} heads, width {width}, {parameters:,} parameters without the embeddings.
 
 ## Train it
@@ -51,6 +51,11 @@ $ python -m fox_training.card {output}
 
 </details>
 """
+
+FOX = "A Forgetting Transformer (FoX, [arXiv:2503.02130](https://arxiv.org/abs/2503.02130))"
+BASELINE = (
+    "The Transformer that [arXiv:2503.02130](https://arxiv.org/abs/2503.02130) compares FoX with: every gate open"
+)
 
 EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
 
@@ -94,6 +99,7 @@ def untrained_card(path: Path) -> str:
     tolerance = getattr(config, "log_pruning_tolerance", None)
     return TEMPLATE.format(
         name=path.stem,
+        kind=BASELINE if getattr(config, "fgate_type", None) == "none" else FOX,
         variant=recipe.model.variant,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
