@@ -31,9 +31,9 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
+from transformers.utils.import_utils import is_tracing
 
-from .cache_fox import use_operator
+from .cache_fox import is_exporting, use_operator
 
 try:
     from fox_kernels import forgetting_attention
@@ -343,7 +343,7 @@ def decodes_from_sums(query, document_starts, cache_layer) -> bool:
         return False
     # The sums of a cache that grows are kept up by Python, those of a static one by the graph itself.
     is_static = keys_in_use(cache_layer) is not None
-    if is_tracing(query) and (not is_static or is_torchdynamo_exporting()):
+    if is_tracing(query) and (not is_static or is_exporting()):
         return False
     return query.shape[2] <= MAX_DECODE_QUERIES and not (torch.is_grad_enabled() and query.requires_grad)
 
@@ -389,7 +389,8 @@ def fox_acp_attention_forward(
     sink = getattr(module, "pruning_sink", None)
     context = (module, query, key, value)
     used = keys_in_use(cache_layer)
-    from_sums = sink is None and decodes_from_sums(query, document_starts, cache_layer)
+    is_row = sink is None and used is None and query.shape[2] == 1 and key.shape[2] <= ONE_QUERY_KEYS
+    from_sums = sink is None and not is_row and decodes_from_sums(query, document_starts, cache_layer)
     if used is not None:
         # Made with the prompt, which `generate` leaves uncompiled, for the steps after it.
         cache_layer.gate_sums()
@@ -401,13 +402,13 @@ def fox_acp_attention_forward(
             nothing = log_fgate.new_zeros(query.shape[1])
             sink(nothing, nothing)
         return sdpa_attention_forward(*context, attention_mask, scaling, log_fgate, document_starts)
-    if from_sums and (used is not None or query.shape[2] > 1 or key.shape[2] > ONE_QUERY_KEYS):
+    if from_sums:
         return decode_from_sums(*context, attention_mask, scaling, cache_layer, used), None
     if num_keys is not None:
         key, value, log_fgate = key[:, :, :num_keys], value[:, :, :num_keys], log_fgate[..., :num_keys]
     if document_starts is not None:
         log_fgate = log_fgate.masked_fill(document_starts[:, None, :], float("-inf"))
-    if query.shape[2] == 1 and key.shape[2] <= ONE_QUERY_KEYS and sink is None:
+    if is_row:
         visible = None
         if attention_mask is not None:
             position = torch.arange(key.shape[2], device=key.device)

@@ -13,7 +13,6 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import is_torchdynamo_compiling
-from transformers.utils.import_utils import is_torchdynamo_exporting
 
 try:
     from fox_kernels.decode import GrowingSums, append_gates, empty_sums
@@ -24,6 +23,11 @@ except ImportError:
 # Gates below this many nats are stored in the sums as this: exp(-9000) is 0 in every format, and the sums would take
 # -1e4 for the mark of a closed gate.
 LOWEST_GATE = -9000.0
+
+
+def is_exporting() -> bool:
+    """Whether this runs for `torch.export`. Dynamo of PyTorch 2.11 takes `torch.compiler.is_exporting()` for True."""
+    return torch.compiler._is_exporting_flag
 
 
 def use_operator(decode, gates) -> None:
@@ -190,7 +194,7 @@ class FoxDynamicLayer(DynamicLayer):
         past = getattr(self, f"shift_{name}")
         if not self.record_past:
             # A copy: a slice would keep the projections of the whole prompt alive.
-            kept = projection[:, -1:].clone()
+            kept = projection[:, -1:].clone() if projection.shape[1] > 1 else projection
         else:
             kept = projection if past is None else torch.cat([past, projection], dim=1)
         setattr(self, f"shift_{name}", kept)
@@ -374,7 +378,7 @@ def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
         ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them; or if it is
             static and the model is being exported.
     """
-    if cache.is_compileable and is_torchdynamo_exporting():
+    if cache.is_compileable and is_exporting():
         raise ValueError(
             "`past_key_values` must not be a static cache when the model is exported: what Transformers writes for "
             "ExecuTorch keeps keys and values from step to step, but no gates. Export with `use_cache=False`."

@@ -46,6 +46,7 @@ from .attention_fox import (
 from .cache_fox import prepare_cache
 from .configuration_fox import FoxConfig
 from .conversion_fox import LoadsOtherCheckpoints
+from .eviction_fox import make_evicting_cache
 from .hub_fox import SavesCode
 from .masks_fox import make_masks, positions_of_documents
 
@@ -242,6 +243,8 @@ class FoxAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # A cache that gives keys back attends to what it kept.
+        attention_interface = getattr(cache_layer, "attend", attention_interface)
         if self.context_parallel is not None:
             attention_interface = partial(self.context_parallel.attend, attention_interface)
         output, weights = attention_interface(
@@ -285,14 +288,16 @@ class FoxAttention(nn.Module):
             before = self.context_parallel.previous_token(projection)
         elif before is None:
             before = torch.zeros_like(projection[:, :1])
-        extended = torch.cat([before, projection], dim=1)
-        if last_real_token is not None:
-            # Padding takes the place of the last real token, so that the next one looks past the padding.
-            index = F.pad(last_real_token, (1, 0))[:, :, None, None].expand_as(extended)
-            extended = extended.gather(1, index)
+        latest, previous = projection, before
+        if projection.shape[1] > 1 or last_real_token is not None:
+            extended = torch.cat([before, projection], dim=1)
+            if last_real_token is not None:
+                # Padding takes the place of the last real token, so that the next one looks past the padding.
+                index = F.pad(last_real_token, (1, 0))[:, :, None, None].expand_as(extended)
+                extended = extended.gather(1, index)
+            latest, previous = extended[:, 1:], extended[:, :-1]
         if cache_layer is not None:
-            cache_layer.update_shift(name, extended[:, 1:])
-        previous = extended[:, :-1]
+            cache_layer.update_shift(name, latest)
         if document_starts is not None:
             previous = previous.masked_fill(document_starts[:, :, None, None], 0.0)
         weight = logits.float().sigmoid().unsqueeze(-1)
@@ -514,13 +519,19 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 "`cache_implementation` must not be 'quantized' for FoX: it has no place for the forget gates. "
                 "Use 'dynamic', 'static' or 'offloaded'."
             )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        has_own = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+        if generation_config.cache_implementation == "fox" and not has_own:
+            model_kwargs["past_key_values"] = make_evicting_cache(self.config, generation_config)
+            # `generate` works on a copy, and hands it to an assistant, which has made a cache for itself by then.
+            generation_config.cache_implementation = None
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the pages of continuous batching hold keys and values only."""

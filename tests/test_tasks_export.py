@@ -7,6 +7,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 from helpers import random_tokens, tiny_fox
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # of PyTorch 2.11
 @torch.no_grad()
 def test_saved_and_loaded_it_computes_prompts_of_any_size(tmp_path):
     model = tiny_fox(attn_implementation="fox_acp", log_pruning_tolerance=-10.0)
