@@ -33,7 +33,9 @@ to bf16 as in training. The first GPU kernel of SDPA, cuDNN or FlashAttention, i
 SIZES = {"125M": (768, 12, 12), "360M": (1024, 24, 16), "760M": (1536, 24, 24), "tiny": (64, 2, 4)}
 ARMS = ("fox-init", "fox-pruned", "fox-dense", "transformer")
 VOCABULARY = {"tiny": 512}
-PUBLISHED_VOCABULARY = 50_257
+# The published 50,257 filled up to a multiple of 64, as a recipe should: without it the three products of the output
+# layer took 31 of the 104 ms of a step of the 125M Transformer on an H100, in kernels for rows that are not aligned.
+PUBLISHED_VOCABULARY = 50_304
 TOLERANCE = -10.0
 SHARE_TOLERANCE = 0.005
 
