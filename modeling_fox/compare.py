@@ -16,6 +16,7 @@ import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,30 +172,30 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {"device": options.device, "dtype": getattr(torch, options.dtype), "num_tokens": options.tokens}
     try:
         import_theirs(options.package)
-        if options.source is None:
-            results = compare_random_models(options.package, settings)
-        else:
-            folder = options.source if Path(options.source).is_dir() else snapshot_download(options.source)
-            results = {options.source: compare(load_theirs(options.package, folder), folder, **settings)}
+        write, all_agree = sys.stdout.write, True
+        write(f"{'model':24} {'fp32':>9} {'theirs':>9} {'ours':>9}  ({options.dtype}, {options.tokens} tokens)\n")
+        for name, result in comparisons(options.package, options.source, settings):
+            verdict = "agrees" if result.agrees else "DIFFERS"
+            write(f"{name:24} {result.fp32:9.1e} {result.theirs:9.1e} {result.ours:9.1e}  {verdict}\n")
+            # Their kernels may be tuned anew for every model, which takes a minute.
+            sys.stdout.flush()
+            all_agree = all_agree and result.agrees
     except (ImportError, ValueError, OSError) as error:
         parser.error(str(error))
-    write = sys.stdout.write
-    write(f"{'model':24} {'fp32':>9} {'theirs':>9} {'ours':>9}  ({options.dtype}, {options.tokens} tokens)\n")
-    for name, result in results.items():
-        verdict = "agrees" if result.agrees else "DIFFERS"
-        write(f"{name:24} {result.fp32:9.1e} {result.theirs:9.1e} {result.ours:9.1e}  {verdict}\n")
-    return 0 if all(result.agrees for result in results.values()) else 1
+    return 0 if all_agree else 1
 
 
-def compare_random_models(package: str, settings: dict) -> dict[str, Comparison]:
-    """A comparison for each of `RANDOM_MODELS`, saved and loaded on the way."""
-    results = {}
+def comparisons(package: str, source: str | None, settings: dict) -> Iterator[tuple[str, Comparison]]:
+    """Name and comparison of the checkpoint `source`, or of each of `RANDOM_MODELS`, saved and loaded on the way."""
+    if source is not None:
+        folder = source if Path(source).is_dir() else snapshot_download(source)
+        yield source, compare(load_theirs(package, folder), folder, **settings)
+        return
     for name, options in RANDOM_MODELS[package].items():
         theirs = build_theirs(package, SIZES | options)
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            results[name] = compare(theirs, folder, **settings)
-    return results
+            yield name, compare(theirs, folder, **settings)
 
 
 if __name__ == "__main__":

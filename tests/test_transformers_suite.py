@@ -60,6 +60,11 @@ class TestFox(CausalLMModelTest, unittest.TestCase):
     def is_pipeline_test_to_skip(self, *args, **kwargs):
         return False
 
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        # It asks whether "sdpa" is the default, which on a GPU is `fox_acp`: the one that prunes.
+        with patch("modeling_fox.modeling_fox.default_attn_implementation", lambda: "sdpa"):
+            super().test_sdpa_can_dispatch_non_composite_models()
+
     def attention_mask_padding_matches_padding_free_with_position_ids(self, *args, **kwargs):
         # The flag is False for engines that bring an attention of their own. The tests ask it whether packing works.
         with patch.object(FoxForCausalLM, "_supports_attention_backend", True):
