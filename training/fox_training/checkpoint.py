@@ -10,7 +10,8 @@
         manifest.json                size and SHA-256 of every file; written last
 
 A checkpoint is written to `*.tmp`, every file is flushed to disk, and one rename makes it visible: whatever kills the
-process, a folder without `.tmp` is complete. Older ones are deleted after the rename, never before.
+process, a folder without `.tmp` is complete. Older ones are deleted after the rename, never before. Flushing, hashing
+and renaming may happen in a thread while training goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,8 @@ class CheckpointFolder:
 
     def __init__(self, root: Path, keep_last: int):
         self.root, self.keep_last = root, keep_last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fox-checkpoint")
+        self._pending: tuple[Path, Future] | None = None
 
     def all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -133,7 +137,7 @@ class CheckpointFolder:
         return None
 
     def save(self, step: int, write_main: Callable[[Path], None], write_own: Callable[[Path], None],
-             *, is_main: bool, barrier: Callable[[], None]) -> Path:  # fmt: skip
+             *, is_main: bool, barrier: Callable[[], None], background: bool = False) -> Path:  # fmt: skip
         """Write the checkpoint of `step`; every process calls this.
 
         Args:
@@ -142,10 +146,13 @@ class CheckpointFolder:
             write_own: Writes the files of this process, under names of its own.
             is_main: Whether this is the main process.
             barrier: Waits for all processes.
+            background: Return when the files are written, and let a thread make them durable and visible.
 
         Raises:
-            CheckpointError: If the disk refuses; the checkpoints before this one are untouched.
+            CheckpointError: If the disk refuses, this time or behind the save before it; the checkpoints before this
+                one are untouched.
         """
+        self.wait()
         final = self.root / f"{_PREFIX}{step:08d}"
         work = final.with_name(final.name + _TEMPORARY)
         try:
@@ -159,15 +166,39 @@ class CheckpointFolder:
                 write_main(work)
             barrier()
             if is_main:
-                seal_folder(work)
-                _replace(work, final)
-                self._prune()
+                self._pending = final, self._thread.submit(self._complete, work, final)
+                if not background:
+                    self.wait()
             barrier()
         except (OSError, SafetensorError) as error:
             if is_main:
                 shutil.rmtree(work, ignore_errors=True)
             raise CheckpointError(_cannot_write(final, error)) from error
         return final
+
+    def wait(self) -> None:
+        """Wait for the save in the background.
+
+        Raises:
+            CheckpointError: If it failed.
+        """
+        if self._pending is None:
+            return
+        (final, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(final.with_name(final.name + _TEMPORARY), ignore_errors=True)
+            raise CheckpointError(_cannot_write(final, error)) from error
+
+    def close(self) -> None:
+        """Let the save in the background end, whatever comes of it."""
+        self._thread.shutdown(wait=True)
+
+    def _complete(self, work: Path, final: Path) -> None:
+        seal_folder(work)
+        _replace(work, final)
+        self._prune()
 
     def _prune(self) -> None:
         for old in self.all()[: -self.keep_last]:

@@ -9,9 +9,12 @@ COMMANDS = {
     "train": "train from a recipe, or go on with a run that was interrupted",
     "evaluate": "perplexity, bits per byte, loss over context, pruned share and half-life of each head",
     "prepare": "tokenise the data of a recipe into shards, once, on all cores",
+    "data_speed": "how fast the data of a recipe comes, without a model",
+    "report": "one HTML page on a run: loss, speed, pruned share, half-lives",
     "generate": "continue a text",
     "card": "write the model card of a run",
     "publish": "put a trained model on the Hub",
+    "verify": "measure a shared model again and hold it against its card",
     "throughput": "tokens per second and MFU of training steps, FoX beside a Transformer",
     "demo": "the whole path on a small text, in minutes on a CPU",
 }

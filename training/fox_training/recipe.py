@@ -40,6 +40,7 @@ from .recipe_sections import (  # noqa: F401
 _RANGES = (
     ("run.seed", 0, 2**63, True),
     ("run.threads", 1, None, True),
+    ("run.stop_on_spike", 0, None, False),
     ("data.tokenizer.vocab_size", 258, None, True),
     ("data.tokenizer.train_bytes", 1, None, True),
     ("data.workers", 0, None, True),

@@ -32,6 +32,9 @@ class RunRecipe:
     """torch.compile the layers, one for all, and the loss: slower first step, faster ones after it."""
     activation_checkpointing: bool = False
     """Compute the activations of a layer again in the backward pass: a third more arithmetic, much less memory."""
+    stop_on_spike: float | None = None
+    """Stop when the loss of a step is this many nats per token above its running mean over about 20 steps, and save
+    the batch; null = go on. A loss that is no number always stops the run."""
     deterministic: bool = False
     """Ask PyTorch for deterministic GPU algorithms, so that two runs agree bit for bit (the CPU needs no asking)."""
 
@@ -247,6 +250,8 @@ class CheckpointRecipe:
     """Write a resumable checkpoint after the last step, too; false = only OUT/model."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
+    background: bool = True
+    """Hash a checkpoint, push it to the disk and rename it while training goes on; the next save waits for it."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto = go on if there is a checkpoint; must = error if there is none; never = error if there is one."""
     export: Literal["last", "best"] = "last"

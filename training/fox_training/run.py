@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from . import checkpoint as ckpt
 from . import provenance
 from .batches import Plan, RowsByIndex, RowsInOrder, plan_batches
+from .guard import Guard
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
 from .parallel import Parallel, plain_accelerate
@@ -54,11 +55,17 @@ class Run:
     progress: Progress | None = None
     metrics: MetricsLog | None = None
     heads: MetricsLog | None = None
+    guard: Guard = field(init=False)
+    checkpoints: ckpt.CheckpointFolder = field(init=False)
     watch: Stopwatch = field(default_factory=Stopwatch)
     best: dict[str, float] | None = None  # {"step", "loss"} of the lowest validation loss
     loss_sum: Any = None  # (), fp64 on the device: loss since the last logged step
     loss_steps: int = 0
     stop_signal: int = 0
+
+    def __post_init__(self):
+        self.guard = Guard(self.recipe.run.stop_on_spike)
+        self.checkpoints = ckpt.CheckpointFolder(self.out / "checkpoints", self.recipe.checkpoint.keep_last)
 
     @property
     def device(self) -> torch.device:
@@ -71,10 +78,6 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         return self.plan.rows * self.recipe.data.sequence_length
-
-    @property
-    def checkpoints(self) -> ckpt.CheckpointFolder:
-        return ckpt.CheckpointFolder(self.out / "checkpoints", self.recipe.checkpoint.keep_last)
 
     def precision(self):
         """Autocast around a forward pass. Accelerate's own would also copy all logits to fp32."""

@@ -111,9 +111,13 @@ def train(
         run.progress = Progress(recipe.schedule.steps, first, enabled=run.is_main)
         batches = Batches(rows, run.plan, run.device, data_state, workers=recipe.data.workers)
         try:
-            return train_to_the_end(run, batches, first)
+            with one_error_for_a_lost_process(run):
+                last = train_to_the_end(run, batches, first)
+            run.checkpoints.wait()
+            return last
         finally:
             batches.close()
+            run.checkpoints.close()
             run.progress.close()
             for log_file in (run.metrics, run.heads):
                 if log_file is not None:
@@ -122,12 +126,33 @@ def train(
                 accelerator.end_training()
 
 
+@contextlib.contextmanager
+def one_error_for_a_lost_process(run: Run):
+    """Turn what gloo and NCCL say when another process is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        collective = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in _LOST)
+        if run.accelerator.num_processes == 1 or not collective:
+            raise
+        raise UserError(
+            f"another process of this run is gone ({lines[0] if lines else type(error).__name__}). "
+            f"{newest_checkpoint(run)}; the same command, on any number of processes, goes on from there."
+        ) from error
+
+
+# gloo raises a plain RuntimeError.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+
+
 def train_to_the_end(run: Run, batches: Batches, first: int) -> dict[str, Any]:
     """All steps from `first` on and the export, unless a signal asks to stop before."""
     with catch_signals(run):
         last = train_steps(run, batches, first)
     if run.stop_signal:
         name = signal.Signals(run.stop_signal).name
+        run.checkpoints.wait()
         run.progress.say(f"stopped by {name}; the same command goes on from the checkpoint.")
         return {"step": last["step"]}
     finish(run)
@@ -143,7 +168,8 @@ def train_steps(run: Run, batches: Batches, first: int) -> dict[str, Any]:
     for step in range(first + 1, steps + 1):  # `step` counts the optimizer steps done when this round is over
         micro_batches = [run.parallel.local(batch) for batch in next(batches)]
         share = set_learning_rate(run.optimizers, step - 1, recipe.schedule)
-        grad_norm = optimizer_step(run, micro_batches, step)
+        loss, grad_norm = optimizer_step(run, micro_batches, step)
+        run.guard.add(step, loss, grad_norm, micro_batches)
         run.progress.step()
 
         stopping = False
@@ -171,8 +197,10 @@ def is_due(step: int, steps: int, every: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step: int) -> torch.Tensor:
-    """One optimizer step over all micro-batches; returns the gradient norm before clipping, on the device.
+def optimizer_step(
+    run: Run, micro_batches: list[dict[str, torch.Tensor]], step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over all micro-batches; returns loss and gradient norm before clipping, on the device.
 
     The loss of a micro-batch is its sum over the tokens of the whole step, times the number of processes because DDP
     and FSDP2 take the mean over them: accumulation and the number of processes change nothing but rounding.
@@ -199,7 +227,7 @@ def optimizer_step(run: Run, micro_batches: list[dict[str, torch.Tensor]], step:
             run.pruner.apply_to(run.average.state_dict())
     run.loss_sum += loss_sum
     run.loss_steps += 1
-    return grad_norm
+    return loss_sum, grad_norm
 
 
 def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batch: dict[str, torch.Tensor],
@@ -212,8 +240,7 @@ def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batc
     loss = total_loss(run) / max(1, run.loss_steps)
     norm = grad_norm.item()
     seconds = run.watch.lap()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise diverged(run, step, loss, norm)
+    check_losses(run)
     speed = run.loss_steps * run.tokens_per_step / seconds if seconds > 0 else 0.0
     values = {
         "step": step,
@@ -245,12 +272,41 @@ def total_loss(run: Run) -> float:
     return run.accelerator.reduce(run.loss_sum.clone(), reduction="mean").item()
 
 
-def diverged(run: Run, step: int, loss: float, norm: float) -> UserError:
-    """The error for a loss that is no number."""
+def check_losses(run: Run) -> None:
+    """Stop if a step since the last check went wrong, and write its batch to OUT/offending_step_*.
+
+    Raises:
+        UserError: With the step, the files and what to do. No checkpoint holds weights from after that step.
+    """
+    found = run.guard.check(lambda losses: run.accelerator.reduce(losses, reduction="mean"))
+    if found is None:
+        return
+    name = f"offending_step_{found.step:08d}"
+    with contextlib.suppress(OSError):  # the reason to stop is worth more than the batch
+        run.guard.save_batch(run.out / f"{name}_process_{run.accelerator.process_index:05d}.safetensors")
+    batch = f"The batch of that step is in {run.out / name}_process_*.safetensors."
+    if found.expected is None:
+        raise diverged(run, found.step, found.loss, found.grad_norm, batch)
+    raise UserError(
+        f"the loss at step {found.step} jumped to {found.loss:.4f} from {found.expected:.4f}, more than "
+        f"run.stop_on_spike {run.recipe.run.stop_on_spike}, with gradient norm {found.grad_norm:.3g}. {batch} "
+        f"{newest_checkpoint(run)}. Look at that batch; go on by the same command with a larger run.stop_on_spike or "
+        "null, or with a lower optimizer.learning_rate and --allow-recipe-change."
+    )
+
+
+def newest_checkpoint(run: Run) -> str:
+    """Where a run that stops would go on, in words."""
+    run.checkpoints.wait()
     found = run.checkpoints.all()
-    saved = f"The newest checkpoint is {found[-1].name}" if found else "There is no checkpoint yet"
+    return f"The newest checkpoint is {found[-1].name}" if found else "There is no checkpoint yet"
+
+
+def diverged(run: Run, step: int, loss: float, norm: float, batch: str = "") -> UserError:
+    """The error for a loss that is no number."""
     return UserError(
-        f"the loss at step {step} is {loss} with gradient norm {norm}: training has diverged and stops. {saved}. "
+        f"the loss at step {step} is {loss} with gradient norm {norm}: training has diverged and stops. "
+        f"{newest_checkpoint(run)}. {batch}{' ' if batch else ''}"
         "Lower optimizer.learning_rate, or raise schedule.warmup_steps, and use a new run.output_dir."
     )
 
@@ -346,8 +402,7 @@ def write_best(run: Run, folder: Path, write_weights: Callable[[Path], None]) ->
 def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
     """Write a resumable checkpoint; never of weights that are no numbers."""
     loss_sum = total_loss(run)
-    if not math.isfinite(loss_sum):
-        raise diverged(run, step, loss_sum, math.nan)
+    check_losses(run)
     state = {
         "step": step,
         "processes": run.accelerator.num_processes,
@@ -382,7 +437,14 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
     for log_file in (run.metrics, run.heads):
         if log_file is not None:
             log_file.sync()
-    run.checkpoints.save(step, write_main, write_own, is_main=run.is_main, barrier=run.accelerator.wait_for_everyone)
+    run.checkpoints.save(
+        step,
+        write_main,
+        write_own,
+        is_main=run.is_main,
+        barrier=run.accelerator.wait_for_everyone,
+        background=run.recipe.checkpoint.background,
+    )
 
 
 def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | None]:
