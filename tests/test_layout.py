@@ -21,7 +21,8 @@ PACKAGES = {
     },
     "rl_extensions/fox_rl": {
         "torch", "transformers", "numpy", "gymnasium", "safetensors", "huggingface_hub", "tqdm", "matplotlib",
-        "stable_baselines3", "accelerate", "cloudpickle", "ale_py", "fox_training", "modeling_fox", "fox_kernels",
+        "stable_baselines3", "accelerate", "cloudpickle", "ale_py", "trackio", "torchrl", "tensordict",
+        "fox_training", "modeling_fox", "fox_kernels",
     },
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Agents: they learn, they go on exactly where they stopped, and what they save loads."""
 
+import dataclasses
+import importlib
 import json
 import os
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from fox_rl.agents import common, pqn
+from fox_rl.agents import common, pqn, training
 from fox_rl.q_network import QNetwork
 
 gym = pytest.importorskip("gymnasium")
@@ -24,7 +26,9 @@ def same(first, second):
 
 
 def pqn_options(folder="", **changes):
-    sizes = dict(num_envs=8, window=16, total_steps=8 * 16 * 6, minibatches=4, width=16, checkpoint_every=2)
+    sizes = dict(
+        num_envs=8, window=16, total_steps=8 * 16 * 6, minibatches=4, width=16, checkpoint_every=256, eval_episodes=0
+    )  # fmt: skip
     return pqn.Options(**{**sizes, "output_dir": str(folder), **changes})
 
 
@@ -33,7 +37,7 @@ def ppo_options(folder="", **changes):
 
     sizes = dict(
         num_envs=4, window=16, total_steps=4 * 16 * 4, minibatches=2, hidden_size=16, num_layers=1, num_heads=2,
-        checkpoint_every=2, epochs=2,
+        checkpoint_every=128, epochs=2, eval_episodes=0,
     )  # fmt: skip
     return ppo_fox.Options(**{**sizes, "output_dir": str(folder), **changes})
 
@@ -65,8 +69,9 @@ def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, monkeypatch, sparsity):
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
     if sparsity:
-        assert parts.pruner.sparsity() == pytest.approx(sparsity, abs=0.01)
-        masked = [parts.network.get_parameter(n)[~keep] for n, keep in parts.pruner.masks.items()]
+        pruner = parts.pruners["network"]
+        assert pruner.sparsity() == pytest.approx(sparsity, abs=0.01)
+        masked = [parts.network.get_parameter(n)[~keep] for n, keep in pruner.masks.items()]
         assert all(torch.all(w == 0) for w in masked)
 
 
@@ -78,7 +83,7 @@ def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path, monkeypatch):
     options = ppo_options(tmp_path / "parts", **env)
     crash_after_checkpoint(1, monkeypatch, lambda: ppo_fox.train(options, quiet=True))
     parts = ppo_fox.train(options, quiet=True)
-    assert same(weights(whole.policy), weights(parts.policy))
+    assert same(weights(whole.network), weights(parts.network))
     assert whole.meter.returns == parts.meter.returns
 
 
@@ -87,9 +92,10 @@ def test_what_ppo_saves_loads_and_its_card_says_how_good_it_is(tmp_path):
 
     agent = ppo_fox.train(ppo_options(tmp_path, eval_episodes=3), quiet=True)
     loaded = AutoModel.from_pretrained(tmp_path / "model")
-    assert same(weights(agent.policy), weights(loaded))
+    assert same(weights(agent.network), weights(loaded))
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    returns = ppo_fox.evaluate(loaded, "fox_rl/RepeatFirst-v0", 3)
+    agent.network = loaded
+    returns = agent.evaluate(3)
     assert f"| fox_rl/RepeatFirst-v0 | 3 | {np.mean(returns):.2f} |" in card
     assert "--num-envs 4" in card and "library_name: transformers" in card
 
@@ -105,7 +111,7 @@ def test_the_ratio_of_the_first_update_is_one_also_with_context_and_resets():
         rollout = ppo_fox.collect(agent)
     assert rollout.observation.shape[:2] == (4, 36) and bool(rollout.is_init[:, 1:].any())
     with torch.no_grad():
-        outputs = agent.policy(rollout.observation, rollout.is_init)
+        outputs = agent.network(rollout.observation, rollout.is_init)
         outputs.logits = outputs.logits[:, -16:]
         log_prob = outputs.distribution().log_prob(rollout.action)
     # The first steps of the window have lost what lies before the context, in acting as in learning.
@@ -141,7 +147,7 @@ def test_ppo_bootstraps_through_a_truncation_and_not_through_a_termination():
             agent = ppo_fox.Agent(options, Accelerator())
         finally:
             common.make_environments = original
-        agent.policy.value_head.bias.data.fill_(10.0)
+        agent.network.value_head.bias.data.fill_(10.0)
         targets[truncates] = ppo_fox.collect(agent).target
     torch.testing.assert_close(targets[False], torch.full((4, 4), 2.0))
     assert targets[True].min() > 5.5  # 2 + 0.5 * about 10
@@ -152,7 +158,7 @@ def test_what_pqn_saves_loads(tmp_path):
     assert same(weights(agent.network), weights(QNetwork.from_pretrained(tmp_path / "model")))
     last = json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert 0 <= last["dormant"] <= 1 and last["feature_rank"] >= 1 and last["grad_first"] > 0
-    returns = pqn.evaluate(agent.network, "CartPole-v1", 2)
+    returns = agent.evaluate(2)
     assert f"| CartPole-v1 | 2 | {np.mean(returns):.2f} |" in (tmp_path / "model" / "README.md").read_text()
 
 
@@ -162,13 +168,13 @@ def test_ppo_with_memory_solves_repeat_first_within_133k_steps(seed):
     from fox_rl.agents import ppo_fox
 
     agent = ppo_fox.train(ppo_fox.Options(seed=seed), quiet=True)
-    assert np.mean(ppo_fox.evaluate(agent.policy, "fox_rl/RepeatFirst-v0", 100)) >= 0.95
+    assert np.mean(agent.evaluate(100)) >= 0.95
 
 
 @learning
 def test_pqn_learns_to_balance():
-    agent = pqn.train(pqn.Options(total_steps=30_720), quiet=True)
-    assert agent.meter.mean > 60  # a random policy lasts 22 steps
+    agent = pqn.train(pqn.Options(total_steps=81_920), quiet=True)
+    assert agent.meter.mean > 120  # a random policy lasts 22 steps
 
 
 def test_pixels_and_atoms_have_their_shapes():
@@ -182,7 +188,10 @@ def test_pixels_and_atoms_have_their_shapes():
     ("make", "message"),
     [
         (lambda: pqn.train(pqn_options(num_envs=0), quiet=True), "num_envs must be at least 1; got 0"),
-        (lambda: pqn.train(pqn_options(optimizer="sgd"), quiet=True), "optimizer must be adamw, radam or kron"),
+        (
+            lambda: pqn.train(pqn_options(optimizer="sgd"), quiet=True),
+            "optimizer must be one of adamw, kron, radam; got 'sgd'",
+        ),
         (lambda: pqn.train(pqn_options(env_id="Pendulum-v1"), quiet=True), "env_id must have discrete actions"),
     ],
 )
@@ -191,10 +200,63 @@ def test_says_what_is_wrong(make, message):
         make()
 
 
-def test_help_lists_every_option(capsys):
+AGENTS = ("pqn", "dqn", "ppo_fox", "td3", "sac")
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_help_lists_every_option(name, capsys):
+    module = importlib.import_module(f"fox_rl.agents.{name}")
     with pytest.raises(SystemExit):
-        pqn.main(["--help"])
+        training.main(module.Agent, module.Options, module.__doc__, ["--help"])
     out = capsys.readouterr().out
-    assert (
-        "accelerate launch -m fox_rl.agents.pqn" in out and "--final-sparsity" in out and "(default: 'radam')" in out
-    )
+    assert f"-m fox_rl.agents.{name}" in out and "--push-to-hub" in out
+    shared = ("optimizer", "final_sparsity", "sparsity_method", "checkpoint_every", "video_dir", "tracker")
+    assert {*shared} <= {field.name for field in dataclasses.fields(module.Options)}
+    assert all("--" + field.name.replace("_", "-") in out for field in dataclasses.fields(module.Options))
+
+
+def test_what_is_uploaded_is_the_model_its_config_and_its_card(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            calls.append((repo_id, options["exist_ok"]))
+
+        def upload_folder(self, folder_path, repo_id, **_):
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return "https://huggingface.co/me/agent/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    pqn.train(pqn_options(tmp_path, push_to_hub="me/agent", eval_episodes=1), quiet=True)
+    assert calls == [("me/agent", True), ("me/agent", ["README.md", "config.json", "model.safetensors"])]
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert 'QNetwork.from_pretrained("me/agent")' in card and "type: mean_reward" in card
+    assert huggingface_hub.ModelCard(card).data.eval_results[0].dataset_name == "CartPole-v1"
+    with pytest.raises(ValueError, match="folder must hold config.json, model.safetensors, README.md"):
+        training.push_to_hub(tmp_path, "me/agent")
+
+
+def test_a_run_can_be_watched_in_trackio(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    seen = []
+
+    class Run:
+        def log(self, values, step):
+            seen.append((step, values["loss"]))
+
+        def finish(self):
+            seen.append("end")
+
+    monkeypatch.setattr(trackio, "init", lambda **settings: seen.append(settings["config"]["seed"]) or Run())
+    pqn.train(pqn_options(tmp_path, tracker="trackio", seed=5), quiet=True)
+    assert seen[0] == 5 and [x[0] for x in seen[1:-1]] == [128 * i for i in range(1, 7)] and seen[-1] == "end"
+
+
+def test_the_first_evaluated_episode_is_filmed(tmp_path):
+    pytest.importorskip("moviepy")
+    pytest.importorskip("pygame")
+    agent = pqn.Agent(pqn_options())
+    assert len(agent.evaluate(2, video_dir=str(tmp_path))) == 2
+    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]

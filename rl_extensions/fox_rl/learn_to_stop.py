@@ -39,6 +39,7 @@ class LearnToStop:
         entropy_margin: The window grows by `window_step` when the entropy of the stored values is above
             `1 + entropy_margin` times its running mean, and shrinks back when it is below; None keeps it. 0 to 0.1
             published.
+        entropy_every: Episodes between two looks at the entropy. Ours.
         window_step: Episodes by which the window changes. Ours.
         max_window: Largest window. Ours.
         seed: For choosing the episodes that are never stopped.
@@ -52,7 +53,8 @@ class LearnToStop:
     def __init__(
         self, num_envs: int, horizon: int, *, start_step: int, window: int = 250, omega_scale: float = 0.45,
         omega_clip: tuple[float, float] = (0.05, 0.6), keep_fraction: float = 0.1, min_valid: int = 8,
-        entropy_margin: float | None = 0.05, window_step: int = 25, max_window: int = 500, seed: int = 0,
+        entropy_margin: float | None = 0.05, entropy_every: int = 1, window_step: int = 25, max_window: int = 500,
+        seed: int = 0,
     ):  # fmt: skip
         _check(num_envs, horizon, window, max_window, omega_scale, omega_clip, keep_fraction, min_valid)
         self.num_envs, self.horizon, self.start_step = num_envs, horizon, start_step
@@ -60,6 +62,7 @@ class LearnToStop:
         self.omega_scale, self.omega_clip = omega_scale, omega_clip
         self.keep_fraction, self.min_valid = keep_fraction, min_valid
         self.entropy_margin, self.window_step, self.max_window = entropy_margin, window_step, max_window
+        self.entropy_every = entropy_every
         self.generator = np.random.default_rng(seed)
         self.num_steps = self.num_stopped = 0
         self.entropies: list[float] = []
@@ -96,20 +99,21 @@ class LearnToStop:
         return stop
 
     def _is_hopeless(self, step: int, q: float, potential: float) -> bool:
-        values = self._recent(self._q)[:, step]
+        rows = self._recent_rows()
+        values = self._q[rows, step]
         valid = ~np.isnan(values)
         if valid.sum() < self.min_valid:
             return False
         eps = float(np.median(values[valid]))
-        usual = float(np.median(self._recent(self._potential)[valid, step]))
+        usual = float(np.median(self._potential[rows, step][valid]))
         low, high = self.omega_clip
         omega = min(max(self.omega_scale * usual / max(potential, 1e-12), low), high)
         return q < (omega * eps if eps >= 0 else eps / omega)
 
-    def _recent(self, table: np.ndarray) -> np.ndarray:
+    def _recent_rows(self) -> np.ndarray:
         """Rows of the last `window` episodes; their order does not matter."""
         last = self._num_episodes
-        return table[np.arange(max(0, last - self.window), last) % self.max_window]
+        return np.arange(max(0, last - self.window), last) % self.max_window
 
     def episode_end(self, ended: np.ndarray, stopped: np.ndarray) -> None:
         """Move finished episodes into the tables, however they ended.
@@ -127,11 +131,11 @@ class LearnToStop:
             self.num_stopped += int(stopped[env])
             self.stopped_at = [*self.stopped_at[-99:], last_step if stopped[env] else -1]
             self._never[env] = self.generator.random() < self.keep_fraction
-            if self.entropy_margin is not None:
+            if self.entropy_margin is not None and self._num_episodes % self.entropy_every == 0:
                 self._adapt_window()
 
     def _adapt_window(self) -> None:
-        entropy = value_entropy(self._recent(self._q))
+        entropy = value_entropy(self._q[self._recent_rows()])
         if self.entropies:
             usual = sum(self.entropies) / len(self.entropies)
             if entropy > (1 + self.entropy_margin) * usual:

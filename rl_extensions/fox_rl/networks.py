@@ -278,3 +278,68 @@ def dense(in_dim: int, out_dim: int, gain: float = math.sqrt(2.0)) -> nn.Linear:
 def head(in_dim: int, out_dim: int, gain: float = 0.01) -> nn.Linear:
     """Last layer of an agent: gain 0.01 for action values and policies, 1.0 for the value of a critic."""
     return dense(in_dim, out_dim, gain)
+
+
+class NoisyLinear(nn.Module):
+    """Linear layer with learned, factorised noise (arXiv:1706.10295): `w = mu + sigma f(e_out) f(e_in)`.
+
+    `f(x) = sign(x) sqrt(|x|)`. New noise at every forward pass in training mode, none in evaluation mode.
+
+    Args:
+        in_dim, out_dim: As of `nn.Linear`.
+        sigma: Noise at the start, times `in_dim ** -0.5`; 0.5 as published.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, sigma: float = 0.5):
+        super().__init__()
+        bound = in_dim**-0.5
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(out_dim).uniform_(-bound, bound))
+        self.weight_sigma = nn.Parameter(torch.full((out_dim, in_dim), sigma * bound))
+        self.bias_sigma = nn.Parameter(torch.full((out_dim,), sigma * bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.linear(x, self.weight, self.bias)
+        noise_in, noise_out = (
+            n.sign() * n.abs().sqrt() for n in (torch.randn_like(self.weight[0]), torch.randn_like(self.bias))
+        )
+        weight = self.weight + self.weight_sigma * torch.outer(noise_out, noise_in)
+        return F.linear(x, weight, self.bias + self.bias_sigma * noise_out)
+
+
+class QHead(nn.Module):
+    """Features `(B, width)` to logits or values `(B, A, num_atoms)`.
+
+    With `dueling` (arXiv:1511.06581) value and advantage have a hidden layer and an output each, and the result is
+    `value + advantage - mean over actions of advantage`, atom by atom as in Rainbow (arXiv:1710.02298).
+
+    Args:
+        width: Of the features and of the hidden layers.
+        num_actions: A.
+        num_atoms: 1 for plain values.
+        dueling: See above; else one linear layer.
+        noisy: Noisy layers throughout the head.
+    """
+
+    def __init__(
+        self, width: int, num_actions: int, num_atoms: int = 1, *, dueling: bool = False, noisy: bool = False
+    ):
+        super().__init__()
+        self.num_actions, self.num_atoms, self.dueling = num_actions, num_atoms, dueling
+
+        def last(out_dim: int) -> nn.Module:
+            return NoisyLinear(width, out_dim) if noisy else head(width, out_dim)
+
+        def stream(out_dim: int) -> nn.Module:
+            hidden = NoisyLinear(width, width) if noisy else dense(width, width)
+            return nn.Sequential(hidden, nn.ReLU(), last(out_dim))
+
+        self.advantage = (stream if dueling else last)(num_actions * num_atoms)
+        self.value = stream(num_atoms) if dueling else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        advantage = self.advantage(features).view(-1, self.num_actions, self.num_atoms)
+        if self.value is None:
+            return advantage
+        return self.value(features)[:, None] + advantage - advantage.mean(dim=1, keepdim=True)

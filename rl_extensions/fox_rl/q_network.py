@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gymnasium as gym
+import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .networks import ImpalaEncoder, MultiSkipMLP, NatureEncoder, TokenReadout, head
+from .networks import ImpalaEncoder, MultiSkipMLP, NatureEncoder, QHead, TokenReadout
 
 
 class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers", tags=["reinforcement-learning"]):
@@ -21,14 +22,21 @@ class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers",
         pixels: Whether observations are images.
         width, blocks, skip: Of `MultiSkipMLP`.
         encoder, encoder_width, readout: Of pixels; see `networks`.
-        num_atoms: 1 for values, 51 for the distribution of C51.
+        num_atoms: 1 for values, 51 for the distribution of C51 (arXiv:1707.06887).
+        v_min, v_max: Lowest and highest atom.
+        dueling, noisy: Of `QHead`.
     """
 
     def __init__(
         self, observation_size: int, num_actions: int, *, pixels: bool = False, width: int = 128, blocks: int = 1,
         skip: str = "multi", encoder: str = "impala", encoder_width: int = 1, readout: str = "gap", num_atoms: int = 1,
+        v_min: float = -10.0, v_max: float = 10.0, dueling: bool = False, noisy: bool = False,
     ):  # fmt: skip
         super().__init__()
+        if num_atoms < 1 or v_min >= v_max:
+            raise ValueError(
+                f"num_atoms must be at least 1 and v_min below v_max; got {num_atoms}, {v_min} and {v_max}."
+            )
         self.num_actions, self.num_atoms = num_actions, num_atoms
         self.encoder = self.readout = None
         size = observation_size
@@ -42,7 +50,8 @@ class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers",
             size = self.readout.out_dim
         self.trunk = MultiSkipMLP(size, width, width, blocks, skip=skip)
         self.activation = nn.ReLU()
-        self.head = head(width, num_actions * num_atoms)
+        self.head = QHead(width, num_actions, num_atoms, dueling=dueling, noisy=noisy)
+        self.register_buffer("atoms", torch.linspace(v_min, v_max, num_atoms), persistent=False)
 
     @classmethod
     def for_spaces(cls, observation: gym.Space, action: gym.Space, **options) -> QNetwork:
@@ -68,4 +77,9 @@ class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers",
     def forward(self, observation: Tensor) -> Tensor:
         """`(B, A)` values, or `(B, A, num_atoms)` logits."""
         out = self.head(self.features(observation))
-        return out if self.num_atoms == 1 else out.view(len(out), self.num_actions, self.num_atoms)
+        return out.squeeze(-1) if self.num_atoms == 1 else out
+
+    def values(self, observation: Tensor) -> Tensor:
+        """`(B, A)` values, of a distribution its mean."""
+        out = self(observation)
+        return out if self.num_atoms == 1 else out.softmax(dim=-1) @ self.atoms

@@ -64,3 +64,25 @@ def lambda_returns(
         mixed = torch.where(ended_t[t], value_tp1[t], mixed)
         following = returns[t] = td_target(reward_t[t], mixed, terminated_t[t], discount)
     return returns
+
+
+def categorical_target(probabilities: Tensor, reward: Tensor, factor: Tensor, atoms: Tensor) -> Tensor:
+    """Distribution of `reward + factor Z` on the atoms (C51, arXiv:1707.06887, algorithm 1), `(B, n)`.
+
+    Every shifted atom is cut off to the range and shared out between its two neighbours in proportion to how near they
+    are, which keeps the mean where nothing is cut off.
+
+    Args:
+        probabilities: Of Z, `(B, n)`.
+        reward: `(B,)`.
+        factor: `(B,)`: the discount, 0 after a termination.
+        atoms: `(n,)`, increasing by equal steps, n at least 2.
+    """
+    step = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    shifted = (reward[:, None] + factor[:, None] * atoms).clamp(atoms[0], atoms[-1])
+    place = ((shifted - atoms[0]) / step).clamp(0, len(atoms) - 1)
+    lower = place.floor().long().clamp(max=len(atoms) - 2)
+    share = place - lower  # of the upper neighbour
+    target = torch.zeros_like(probabilities)
+    target.scatter_add_(1, lower, probabilities * (1 - share))
+    return target.scatter_add_(1, lower + 1, probabilities * share)

@@ -1,15 +1,17 @@
-"""What the agents share besides their components: options, environments, log, checkpoints and the model card."""
+"""What the agents share besides their components: options, environments, log, files; `training` has the loop."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import os
 import random
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,28 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+@dataclasses.dataclass
+class RunOptions:
+    """Options of every agent; an agent adds its own and changes defaults by naming a field again."""
+
+    env_id: str = option("CartPole-v1", "Gymnasium id")
+    num_envs: int = option(1, "environments of each process")
+    total_steps: int = option(100_000, "environment steps over all processes")
+    learning_rate: float = option(1e-3, "of Adam; kron takes a third, see fox_training.optimizers")
+    optimizer: str = option("adamw", "adamw, radam or kron")
+    final_sparsity: float = option(0.0, "share of the weights pruned during training, see fox_training.sparsity")
+    sparsity_method: str = option("magnitude", "magnitude, saliency, random, static_random or rigl")
+    seed: int = option(0, "of everything")
+    device: str = option("auto", "auto: a GPU if there is one; cpu")
+    output_dir: str = option("", "folder of the run; empty writes nothing")
+    tracker: str = option("tensorboard", "beside metrics.jsonl: tensorboard, trackio or none")
+    log_every: int = option(1, "environment steps between log lines, at least one update")
+    checkpoint_every: int = option(50_000, "environment steps between checkpoints and diagnostics")
+    eval_episodes: int = option(10, "episodes without exploration at the end, for the model card; 0 for none")
+    video_dir: str = option("", "folder for a video of the first evaluated episode; needs moviepy")
+    push_to_hub: str = option("", "repository (user/name) to which model/ is uploaded at the end")
+
+
 def options_from_command_line(cls: type, description: str, argv: list[str] | None = None) -> Any:
     """Build the options dataclass from `--field-name value` arguments; `--help` lists them with their defaults."""
     parser = argparse.ArgumentParser(
@@ -37,10 +61,11 @@ def options_from_command_line(cls: type, description: str, argv: list[str] | Non
     )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = {int: int, float: float, str: str}[hints[field.name]]
+        kind = hints[field.name]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=kind,
+            **how,
             default=field.default,
             help=f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%"),
         )
@@ -54,21 +79,30 @@ def check_positive(options: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1; got {getattr(options, name)}.")
 
 
-def check_optimizer(options: Any) -> None:
-    """Raise a ValueError for an optimizer that no agent has."""
-    if options.optimizer not in set(OPTIMIZERS) - {"muon"}:
-        raise ValueError(f"optimizer must be adamw, radam or kron; got {options.optimizer!r}.")
+def check_run_options(options: RunOptions) -> None:
+    """Raise a ValueError that names the first option that no agent can have."""
+    check_positive(options, "num_envs", "total_steps", "log_every", "checkpoint_every")
+    allowed = {
+        "optimizer": sorted(set(OPTIMIZERS) - {"muon"}),
+        "tracker": ["none", "tensorboard", "trackio"],
+        "device": ["auto", "cpu"],
+    }
+    for name, values in allowed.items():
+        if getattr(options, name) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(options, name)!r}.")
 
 
 def make_environments(
-    env_id: str, num_envs: int, mode: AutoresetMode = AutoresetMode.SAME_STEP, **options
+    env_id: str, num_envs: int, mode: AutoresetMode = AutoresetMode.SAME_STEP, *, evaluation: bool = False, **options
 ) -> VectorEnv:
     """Copies of a Gymnasium environment in one process; episodes restart in the step in which they end.
 
     Args:
-        env_id: Registered id, also those of `fox_rl.envs`; `ALE/...` needs `pip install ale-py`.
+        env_id: Registered id, also those of `fox_rl.envs`. `ALE/...-v5` needs `pip install ale-py` and is the C++ one:
+            84 x 84 grey pixels, four frames stacked, four skipped, rewards clipped and a lost life an end in training.
         num_envs: Copies.
         mode: DISABLED for `EarlyStopVectorEnv`.
+        evaluation: Atari only: whole games with their own rewards.
         options: Of the environment.
     """
     register_environments()
@@ -80,7 +114,46 @@ def make_environments(
                 f"env_id {env_id} needs ale-py (GPL-2.0): pip install 'fox-transformers[rl-atari]'."
             ) from error
         gym.register_envs(ale_py)
+        spec = gym.spec(env_id)
+        training = {"episodic_life": not evaluation, "reward_clipping": not evaluation}
+        return ale_py.AtariVectorEnv(spec.kwargs["game"], num_envs, autoreset_mode=mode, **training, **options)
     return gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": mode}, **options)
+
+
+def play(
+    act: Callable[[np.ndarray, np.ndarray], np.ndarray], env_id: str, episodes: int, *, seed: int = 1,
+    video_dir: str = "",
+) -> list[float]:  # fmt: skip
+    """Returns of episodes, one after the other.
+
+    Args:
+        act: Batches of one: `(observation (1, ...), is_first (1,) bool)` to the action `(1, ...)`.
+        env_id: See `make_environments`.
+        episodes: How many.
+        seed: Of the environment.
+        video_dir: Folder for a film of the first episode.
+    """
+    options: dict[str, Any] = {"evaluation": True}
+    if video_dir and env_id.startswith("ALE/"):
+        raise ValueError(
+            f"video_dir must be empty for {env_id}, whose C++ environments do not render; got {video_dir}."
+        )
+    if video_dir:
+        options |= {
+            "render_mode": "rgb_array",
+            "wrappers": [lambda env: gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda i: i == 0)],
+        }
+    envs, returns = make_environments(env_id, 1, **options), []
+    observation, total, is_first = envs.reset(seed=seed)[0], 0.0, np.ones(1, dtype=bool)
+    while len(returns) < episodes:
+        observation, reward, terminated, truncated, _ = envs.step(act(observation, is_first))
+        total += float(reward[0])
+        is_first = np.asarray(terminated | truncated)
+        if is_first[0]:
+            returns.append(total)
+            total = 0.0
+    envs.close()
+    return returns
 
 
 def true_following(following: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
@@ -119,31 +192,42 @@ class EpisodeMeter:
 
 
 class Log:
-    """Progress bar, metrics.jsonl, and TensorBoard where it is installed.
+    """Progress bar, metrics.jsonl, and a tracker.
 
     Args:
         folder: Where the files go; None shows the bar only.
         total: Environment steps of the whole run.
         start: Steps that are done.
         quiet: No bar, for tests and processes that are not the first.
+        tracker: tensorboard (if it is installed), trackio or none.
+        config: What a tracker shows as the settings of the run.
     """
 
-    def __init__(self, folder: Path | None, total: int, start: int = 0, quiet: bool = False):
+    def __init__(
+        self, folder: Path | None, total: int, start: int = 0, quiet: bool = False, *, tracker: str = "none",
+        config: dict[str, Any] | None = None,
+    ):  # fmt: skip
         self.bar = tqdm(total=total, initial=start, unit="step", disable=quiet, file=sys.stderr)
-        self.file = self.board = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / "metrics.jsonl"
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8")
-            try:
-                from torch.utils.tensorboard import SummaryWriter
+        self.file = self.board = self.trackio = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        if tracker == "trackio":
+            import trackio
 
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-            except ImportError:
-                self.bar.write("tensorboard is not installed: metrics go to metrics.jsonl only.", file=sys.stderr)
+            # The same name again is the same run: what follows the checkpoint is logged once more.
+            self.trackio = trackio.init(project="fox_rl", name=folder.name, config=config, resume="allow", embed=False)
+        elif tracker == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            self.bar.write("tensorboard is not installed: metrics go to metrics.jsonl only.", file=sys.stderr)
+        elif tracker == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def write(self, step: int, **values: float) -> None:
         """One line of metrics after `step` environment steps."""
@@ -155,6 +239,8 @@ class Log:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+        if self.trackio is not None:
+            self.trackio.log(values, step=step)
 
     def __enter__(self) -> Log:
         return self
@@ -162,15 +248,17 @@ class Log:
     def __exit__(self, *_) -> None:
         """Flush and close everything."""
         self.bar.close()
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for open_one in (self.file, self.board):
+            if open_one is not None:
+                open_one.close()
+        if self.trackio is not None:
+            self.trackio.finish()
 
 
 def save_checkpoint(path: Path, envs: VectorEnv | None, **states: Any) -> None:
     """Write a resumable state in one visible step, with the random state and, if they can be pickled, environments."""
-    random_state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random_state = (random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu)
     try:
         pickled = None if envs is None else cloudpickle.dumps(envs)
     except Exception as error:  # simulators in C raise whatever they like
@@ -208,26 +296,58 @@ def restore_random(state: tuple) -> None:
     random.setstate(state[0])
     np.random.set_state(state[1])
     torch.set_rng_state(state[2])
+    if len(state[3]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state[3])
 
 
-def write_card(folder: Path, title: str, env_id: str, options: Any, returns: list[float], library: str) -> None:
-    """README.md beside the saved model, with the evaluation as a table and the command to repeat it."""
+def write_card(
+    folder: Path, title: str, options: RunOptions, returns: list[float], library: str, snippet: str, steps: int
+) -> None:
+    """README.md beside the saved model: the evaluation as a table, how to load it, and the command to repeat it.
+
+    Args:
+        folder: With config.json and model.safetensors.
+        title: Name of the agent.
+        options: Of the run.
+        returns: Of evaluated episodes; none leaves the table out.
+        library: `library_name` of the Hub.
+        snippet: Python that loads the model from "USER/NAME" or this folder.
+        steps: Environment steps of the training.
+    """
+    env_id = options.env_id
     changed = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
-        if getattr(options, field.name) != field.default and field.name != "output_dir"
+        if getattr(options, field.name) != field.default and field.name not in ("output_dir", "push_to_hub")
     }
     command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+    metadata, table = "", "Not evaluated.\n"
+    if returns:
+        mean, deviation = float(np.mean(returns)), float(np.std(returns))
+        table = f"""| environment | episodes | mean return | standard deviation |
+| --- | --- | --- | --- |
+| {env_id} | {len(returns)} | {mean:.2f} | {deviation:.2f} |
+"""
+        metadata = f"""model-index:
+  - name: {title}
+    results:
+      - task: {{type: reinforcement-learning}}
+        dataset: {{name: {env_id}, type: {env_id}}}
+        metrics: [{{type: mean_reward, value: "{mean:.2f} +/- {deviation:.2f}"}}]
+"""
     text = f"""---
 library_name: {library}
+pipeline_tag: reinforcement-learning
 tags: [reinforcement-learning, {env_id.replace("/", "-")}, fox-transformers]
----
+{metadata}---
 # {title} on {env_id}
 
-| environment | episodes | mean return | standard deviation |
-| --- | --- | --- | --- |
-| {env_id} | {len(returns)} | {np.mean(returns):.2f} | {np.std(returns):.2f} |
+{table}
+One seed, {steps:,} environment steps; evaluated without exploration. Trained with
+`python -m {options.__class__.__module__} {command}`.
 
-One seed; the policy acts greedily. Trained with `python -m {options.__class__.__module__} {command}`.
+```python
+{snippet.format(where=options.push_to_hub or folder)}
+```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

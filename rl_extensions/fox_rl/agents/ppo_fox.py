@@ -1,11 +1,11 @@
-"""PPO (arXiv:1707.06347) with a memory of forgetting attention.
+"""PPO (arXiv:1707.06347) with a memory of forgetting attention, or of its rivals (--memory gru, window).
 
 One process:        python -m fox_rl.agents.ppo_fox --env-id fox_rl/RepeatFirst-v0
 Several processes:  accelerate launch -m fox_rl.agents.ppo_fox --env-id fox_rl/RepeatFirst-v0
 
 The policy acts with a cache of bounded size and learns from whole windows, in which episodes are kept apart by closed
 gates. What an episode did before the window is given to it again as `--context-steps` observations without loss.
-Writes metrics.jsonl, tensorboard/, checkpoint.pt and at the end model/ under --output-dir; started again with the same
+Writes metrics.jsonl, tensorboard/, checkpoints and at the end model/ under --output-dir; started again with the same
 folder it goes on from the checkpoint.
 """
 
@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
@@ -22,26 +21,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fox_rl.diagnostics import gradient_norms
 from fox_rl.policy import FoxPolicyConfig, FoxPolicyModel
 from fox_rl.returns import gae
+from fox_rl.rivals import RivalPolicy
 from fox_training.optimizers import build_optimizer
-from fox_training.sparsity import MaskedPruner, SparsityConfig
 
-from . import common
+from . import common, training
 from .common import option
 
 
 @dataclass
-class Options:
+class Options(common.RunOptions):
     """Options of the command line."""
 
     env_id: str = option("fox_rl/RepeatFirst-v0", "Gymnasium id; discrete, vector or 84 x 84 pixel observations")
     num_envs: int = option(32, "environments of each process")
     total_steps: int = option(133_120, "environment steps over all processes")
+    learning_rate: float = option(1e-3, "of AdamW, falls to 0 in a line; kron takes a third, see fox_training")
     window: int = option(52, "steps of each environment between two updates")
     context_steps: int = option(0, "steps before the window that the policy reads again, without loss")
-    learning_rate: float = option(1e-3, "of AdamW, falls to 0 in a line; kron takes a third, see fox_training")
-    optimizer: str = option("adamw", "adamw, radam or kron")
     discount: float = option(0.99, "gamma")
     gae_decay: float = option(0.95, "lambda")
     epochs: int = option(4, "passes over a window")
@@ -50,15 +49,12 @@ class Options:
     entropy_bonus: float = option(0.01, "weight of the entropy")
     value_weight: float = option(0.5, "weight of the value loss")
     max_grad_norm: float = option(0.5, "gradient norm is clipped here")
+    memory: str = option("fox", "fox; gru or window, to compare with: see fox_rl.rivals")
     hidden_size: int = option(64, "width of the policy")
     num_layers: int = option(2, "layers of the policy")
     num_heads: int = option(4, "attention heads")
-    longest_memory: float = option(128.0, "decay time of the slowest head at the start, in steps")
-    final_sparsity: float = option(0.0, "share of the weights pruned during training, see fox_training.sparsity")
-    seed: int = option(0, "of everything")
-    output_dir: str = option("", "folder of the run; empty writes nothing")
-    checkpoint_every: int = option(20, "updates between checkpoints")
-    eval_episodes: int = option(0, "episodes of a greedy evaluation at the end, with a model card")
+    longest_memory: float = option(128.0, "fox: decay time of the slowest head at the start, in steps")
+    attention_window: int = option(64, "window: steps that a layer sees")
 
 
 @dataclass
@@ -73,7 +69,7 @@ class Rollout:
     target: Tensor
 
 
-def build_policy(envs: gym.vector.VectorEnv, options: Options) -> FoxPolicyModel:
+def build_policy(envs: gym.vector.VectorEnv, options: Options) -> FoxPolicyModel | RivalPolicy:
     """The policy that fits the spaces of the environments."""
     observation, action = envs.single_observation_space, envs.single_action_space
     if isinstance(observation, gym.spaces.Discrete):
@@ -85,11 +81,19 @@ def build_policy(envs: gym.vector.VectorEnv, options: Options) -> FoxPolicyModel
     else:
         raise ValueError(f"env_id must have discrete, vector or pixel observations; got {observation}.")
     is_discrete = isinstance(action, gym.spaces.Discrete)
+    spaces = {
+        "observation_type": kind,
+        "observation_size": size,
+        "action_type": "discrete" if is_discrete else "continuous",
+        "action_size": int(action.n) if is_discrete else action.shape[0],
+    }
+    if options.memory != "fox":
+        return RivalPolicy(
+            options.memory, **spaces, hidden_size=options.hidden_size, num_layers=options.num_layers,
+            num_heads=options.num_heads, window=options.attention_window,
+        )  # fmt: skip
     config = FoxPolicyConfig(
-        observation_type=kind,
-        observation_size=size,
-        action_type="discrete" if is_discrete else "continuous",
-        action_size=int(action.n) if is_discrete else action.shape[0],
+        **spaces,
         hidden_size=options.hidden_size,
         intermediate_size=2 * options.hidden_size,
         num_hidden_layers=options.num_layers,
@@ -99,81 +103,75 @@ def build_policy(envs: gym.vector.VectorEnv, options: Options) -> FoxPolicyModel
     return FoxPolicyModel(config)
 
 
-class Agent:
-    """Environments, policy and optimizer of one process, from the start or from a checkpoint."""
+class Agent(training.OnPolicyAgent):
+    """Environments, policy and optimizer of one process."""
 
-    def __init__(self, options: Options, accelerator: Accelerator):
-        common.check_positive(options, "num_envs", "window", "epochs", "minibatches", "checkpoint_every")
+    title, library = "PPO with FoX memory", "transformers"
+    snippet = (
+        'import fox_rl.policy\nfrom transformers import AutoModel\n\npolicy = AutoModel.from_pretrained("{where}")'
+    )
+    values = ("meter", "step", "observation", "is_init", "context")
+
+    def __init__(self, options: Options, accelerator: Accelerator | None = None):
+        super().__init__(options, accelerator)
         if options.num_envs % options.minibatches:
             raise ValueError(
                 f"num_envs must be a multiple of minibatches {options.minibatches}; got {options.num_envs}."
             )
-        common.check_optimizer(options)
-        self.options, self.accelerator = options, accelerator
-        # The weights are the same in all processes, everything after them is not.
-        common.seed_everything(options.seed)
         self.envs = common.make_environments(options.env_id, options.num_envs)
-        self.policy = build_policy(self.envs, options)
-        optimizer = build_optimizer(options.optimizer, self.policy.parameters(), options.learning_rate, eps=1e-5) if (
-            options.optimizer != "kron"
-        ) else build_optimizer("kron", self.policy.parameters(), options.learning_rate)  # fmt: skip
-        self.model, self.optimizer = accelerator.prepare(self.policy, optimizer)
+        self.network = build_policy(self.envs, options)
+        if options.memory != "fox":
+            self.title, self.library = f"PPO with memory {options.memory}", "pytorch"
+            self.snippet = 'from fox_rl.rivals import RivalPolicy\n\npolicy = RivalPolicy.from_pretrained("{where}")'
+        exact = {} if options.optimizer == "kron" else {"eps": 1e-5}
+        optimizer = build_optimizer(options.optimizer, self.network.parameters(), options.learning_rate, **exact)
+        self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.peak_learning_rate = self.optimizer.param_groups[0]["lr"]
-        seed = options.seed + 1 + accelerator.process_index
-        common.seed_everything(seed)
-        self.steps_per_update = options.num_envs * options.window * accelerator.num_processes
-        self.num_updates = max(1, options.total_steps // self.steps_per_update)
-        self.pruner = None
-        if options.final_sparsity > 0:
-            steps = self.num_updates * options.epochs * options.minibatches
-            self.pruner = MaskedPruner(self.policy, SparsityConfig(final_sparsity=options.final_sparsity), steps)
-        self.meter = common.EpisodeMeter(options.num_envs)
-        self.update = 0
-        self.observation = torch.as_tensor(self.envs.reset(seed=seed)[0])
+        self.prune("network", self.network, self.optimizer, self.optimizer_steps)
+        self.observation = torch.as_tensor(self.envs.reset(seed=self.seed_process())[0])
         self.is_init = torch.ones(options.num_envs, dtype=torch.bool)
         self.context: tuple[list[Tensor], list[Tensor]] = ([], [])
 
-    def state(self) -> dict:
-        """Everything besides the environments that a resumed run needs."""
-        names = ("meter", "update", "observation", "is_init", "context")
-        return {name: getattr(self, name) for name in names} | {
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "pruner": None if self.pruner is None else self.pruner.state_dict(),
-            "options": asdict(self.options),
-        }
-
-    def load(self, state: dict) -> None:
-        """Inverse of `state`."""
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.pruner is not None:
-            self.pruner.load_state_dict(state["pruner"])
-        for name in ("meter", "update", "observation", "is_init", "context"):
-            setattr(self, name, state[name])
-        if state["envs"] is not None:
-            self.envs = state["envs"]
-        else:
-            self.observation, self.is_init = torch.as_tensor(self.envs.reset()[0]), torch.ones_like(self.is_init)
+    def restore_environments(self, envs) -> None:
+        """Environments that are made anew start new episodes."""
+        super().restore_environments(envs)
+        if envs is None:
+            self.observation, self.is_init = torch.as_tensor(self.observation), torch.ones_like(self.is_init)
             self.context = ([], [])
-        common.restore_random(state["random"])
 
-    def set_learning_rate(self) -> None:
-        """Linear decay over the updates: a policy that has learned must not be shaken off it."""
+    def advance(self) -> dict[str, float]:
+        """One window; the learning rate falls in a line: a policy that has learned must not be shaken off it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak_learning_rate * (1.0 - self.update / self.num_updates)
+        self.rollout = collect(self)
+        self.step += self.stride
+        return learn(self, self.rollout)
 
     def act(self, cache, observation: Tensor, is_init: Tensor):
-        """`policy.act` in eval mode and on the device."""
-        device = self.accelerator.device
-        return [x.cpu() for x in self.policy.act(observation.to(device), is_init.to(device), cache)]
+        """`network.act` on the device."""
+        return [x.cpu() for x in self.network.act(observation.to(self.device), is_init.to(self.device), cache)]
+
+    def evaluate(self, episodes: int, *, seed: int = 1, video_dir: str = "") -> list[float]:
+        """As in `Agent`, with a fresh cache."""
+        self.play_cache = self.network.new_cache()
+        return super().evaluate(episodes, seed=seed, video_dir=video_dir)
+
+    def choose(self, observation: np.ndarray, is_first: np.ndarray) -> np.ndarray:
+        """The most likely actions; the memory is that of `evaluate`."""
+        tensors = (torch.as_tensor(x).to(self.device) for x in (observation, is_first))
+        return self.network.act(*tensors, self.play_cache, deterministic=True)[0].cpu().numpy()
+
+    def diagnose(self) -> dict[str, float]:
+        """Gradients of the last update."""
+        first, *_, last = gradient_norms(self.network).values()
+        return {"grad_first": first, "grad_last": last}
 
 
 def collect(agent: Agent) -> Rollout:
     """Play one window; the weights do not change meanwhile, so one cache serves all of it."""
     options, rows = agent.options, []
-    agent.policy.eval()
-    cache = agent.policy.new_cache()
+    agent.network.eval()
+    cache = agent.network.new_cache()
     before = [torch.stack(x, dim=1) for x in agent.context if x]
     for t in range(len(agent.context[0])):
         agent.act(cache, before[0][:, t], before[1][:, t])
@@ -233,16 +231,16 @@ def pack(agent: Agent, rows: list[dict[str, Tensor]]) -> Rollout:
 def learn(agent: Agent, rollout: Rollout) -> dict[str, float]:
     """Some epochs of the clipped objective over minibatches of whole environments."""
     options, device, losses = agent.options, agent.accelerator.device, []
-    agent.policy.train()
+    agent.network.train()
     size = options.num_envs // options.minibatches
     for _ in range(options.epochs):
         for chosen in torch.randperm(options.num_envs).split(size):
             batch = {name: value[chosen].to(device) for name, value in vars(rollout).items()}
             loss, parts = objective(agent, **batch)
-            agent.accelerator.backward(loss)
-            agent.accelerator.clip_grad_norm_(agent.policy.parameters(), options.max_grad_norm)
-            agent.optimizer.step()
             agent.optimizer.zero_grad()
+            agent.accelerator.backward(loss)
+            agent.accelerator.clip_grad_norm_(agent.network.parameters(), options.max_grad_norm)
+            agent.optimizer.step()
             losses.append(parts)
     return {name: float(np.mean([x[name] for x in losses])) for name in losses[0]}
 
@@ -262,65 +260,10 @@ def objective(agent: Agent, observation, is_init, action, log_prob, advantage, t
     return loss, {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.item()}
 
 
-def evaluate(policy: FoxPolicyModel, env_id: str, episodes: int, seed: int = 1) -> list[float]:
-    """Returns of greedy episodes, one after the other."""
-    envs, returns = common.make_environments(env_id, 1), []
-    policy.eval()
-    cache, observation = policy.new_cache(), envs.reset(seed=seed)[0]
-    is_init, total = torch.ones(1, dtype=torch.bool), 0.0
-    while len(returns) < episodes:
-        observation = torch.as_tensor(observation).to(policy.device)
-        action, _, _ = policy.act(observation, is_init.to(policy.device), cache, deterministic=True)
-        observation, reward, terminated, truncated, _ = envs.step(action.cpu().numpy())
-        total += float(reward[0])
-        is_init = torch.as_tensor(terminated | truncated)
-        if is_init[0]:
-            returns.append(total)
-            total = 0.0
-    envs.close()
-    return returns
-
-
 def train(options: Options, quiet: bool = False) -> Agent:
     """Train, or go on from the checkpoint in `options.output_dir`; returns the agent."""
-    accelerator = Accelerator()
-    agent = Agent(options, accelerator)
-    folder = Path(options.output_dir) if options.output_dir else None
-    checkpoint = None if folder is None else folder / f"checkpoint_{accelerator.process_index}.pt"
-    state = None if checkpoint is None else common.load_checkpoint(checkpoint)
-    if state is not None:
-        agent.load(state)
-    if agent.pruner is not None:
-        agent.pruner.attach(agent.optimizer)
-    is_main = accelerator.is_main_process
-    done = agent.update * agent.steps_per_update
-    with common.Log(folder if is_main else None, options.total_steps, done, quiet or not is_main) as log:
-        while agent.update < agent.num_updates:
-            agent.set_learning_rate()
-            losses = learn(agent, collect(agent))
-            agent.update += 1
-            sparsity = {} if agent.pruner is None else {"sparsity": agent.pruner.sparsity()}
-            log.write(agent.update * agent.steps_per_update, episode_return=agent.meter.mean, **losses, **sparsity)
-            is_last = agent.update == agent.num_updates
-            if checkpoint is not None and (is_last or agent.update % options.checkpoint_every == 0):
-                common.save_checkpoint(checkpoint, agent.envs, **agent.state())
-    if is_main and folder is not None:
-        agent.policy.save_pretrained(folder / "model")
-        if options.eval_episodes:
-            returns = evaluate(agent.policy, options.env_id, options.eval_episodes)
-            common.write_card(
-                folder / "model", "PPO with FoX memory", options.env_id, options, returns, "transformers"
-            )
-    agent.envs.close()
-    return agent
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    agent = train(common.options_from_command_line(Options, __doc__, argv))
-    sys.stdout.write(f"mean return of the last {len(agent.meter.returns)} episodes: {agent.meter.mean:.3f}\n")
-    return 0
+    return training.run(Agent(options), quiet)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(training.main(Agent, Options, __doc__))

@@ -1,0 +1,248 @@
+"""What the experiments run. Each is a list of jobs; a job measures one or several arms and seeds in one process.
+
+A new experiment is one function that returns its jobs, and one entry in `EXPERIMENTS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+Report = Callable[..., None]  # (arm, seed, step, metric, value)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of an experiment.
+
+    Attributes:
+        experiment: Key of `EXPERIMENTS`.
+        name: Of the job within the experiment; what is done is known by it.
+        run: Module-level function `(report, **settings)`.
+        settings: Arguments of `run`.
+        cost: Rough seconds on one core; the longest jobs start first.
+    """
+
+    experiment: str
+    name: str
+    run: Callable[..., None]
+    settings: dict[str, Any] = field(default_factory=dict)
+    cost: float = 60.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What it shows and how its results are read.
+
+    Attributes:
+        text: One line for `--help`.
+        jobs: `(seeds, steps or None)` to the jobs.
+        seeds: Runs of each arm if nothing else is said.
+        score: Metric whose last value is compared between the arms.
+        swept: Arms are `NAME lr=RATE`; the best rate of each is compared.
+    """
+
+    text: str
+    jobs: Callable[[int, int | None], list[Job]]
+    seeds: int = 5
+    score: str = "eval_return"
+    swept: bool = False
+
+
+def train_agent(report: Report, agent: str, arm: str, seed: int, episodes: int = 20, **options: Any) -> None:
+    """Train an agent of `fox_rl.agents` and evaluate it."""
+    import importlib
+
+    from fox_rl.agents import training
+
+    module = importlib.import_module(f"fox_rl.agents.{agent}")
+    made = module.Agent(module.Options(seed=seed, device="cpu", **options))
+    report(arm, seed, 0, "parameters", sum(p.numel() for p in made.network.parameters()))
+    begin = time.perf_counter()
+
+    def log(step: int, **values: float) -> None:
+        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank"):
+            if name in values:
+                report(arm, seed, step, name, values[name])
+
+    training.run(made, quiet=True, report=log)
+    report(arm, seed, made.step, "seconds", time.perf_counter() - begin)
+    returns = made.evaluate(episodes)
+    report(arm, seed, made.step, "eval_return", float(np.mean(returns)))
+
+
+PRUNING_ARMS = {
+    "dense": {},
+    "pruned": {"final_sparsity": 0.95},
+    "static": {"final_sparsity": 0.95, "sparsity_method": "static_random"},
+}
+
+
+def pruning_jobs(env_id: str, name: str, steps: int, width: int, cost: float, seeds: int) -> list[Job]:
+    """Dense, pruned and static sparse DQN at three learning rates."""
+    jobs = []
+    for (arm, options), rate, seed in itertools.product(PRUNING_ARMS.items(), (2.5e-4, 5e-4, 1e-3), range(seeds)):
+        settings = {
+            "agent": "dqn", "arm": f"{arm} lr={rate:g}", "seed": seed, "env_id": env_id, "total_steps": steps,
+            "width": width, "learning_rate": rate, "log_every": max(1, steps // 25), **options,
+        }  # fmt: skip
+        jobs.append(Job(name, f"{arm}-{rate:g}-{seed}", train_agent, settings, cost))
+    return jobs
+
+
+def cartpole(seeds: int, steps: int | None) -> list[Job]:
+    """On CartPole-v1."""
+    return pruning_jobs("CartPole-v1", "pruning-cartpole", steps or 50_000, 256, 35, seeds)
+
+
+def lunar_lander(seeds: int, steps: int | None) -> list[Job]:
+    """On LunarLander-v3."""
+    return pruning_jobs("LunarLander-v3", "pruning-lunarlander", steps or 200_000, 256, 150, seeds)
+
+
+def train_atari(report: Report, arm: str, seed: int, episodes: int = 10, **options: Any) -> None:
+    """PQN on a game, on a GPU where there is one."""
+    from fox_rl.agents import pqn, training
+
+    agent = pqn.Agent(pqn.Options(seed=seed, **options))
+    report(arm, seed, 0, "parameters", sum(p.numel() for p in agent.network.parameters()))
+    begin = time.perf_counter()
+
+    def log(step: int, **values: float) -> None:
+        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank"):
+            if name in values:
+                report(arm, seed, step, name, values[name])
+        report(arm, seed, step, "seconds", time.perf_counter() - begin)
+
+    training.run(agent, quiet=True, report=log)
+    report(arm, seed, agent.step, "eval_return", float(np.mean(agent.evaluate(episodes))))
+
+
+def atari(seeds: int, steps: int | None) -> list[Job]:
+    """IMPALA of width 3: flatten dense, pruned and static sparse, and the mean over the image."""
+    arms = {name: {"readout": "flatten", **options} for name, options in PRUNING_ARMS.items()}
+    arms["gap"] = {"readout": "gap"}
+    jobs = []
+    for (arm, options), seed in itertools.product(arms.items(), range(seeds)):
+        settings = {
+            "arm": arm, "seed": seed, "env_id": "ALE/Breakout-v5", "total_steps": steps or 1_000_000, "num_envs": 128,
+            "window": 32, "encoder_width": 3, "width": 512, "learning_rate": 2.5e-4, "epsilon_end": 0.01,
+            "epsilon_fraction": 0.2, "minibatches": 16, "log_every": 50_000, "checkpoint_every": 200_000, **options,
+        }  # fmt: skip
+        jobs.append(Job("pruning-atari", f"{arm}-{seed}", train_atari, settings, 400))
+    return jobs
+
+
+def memory(seeds: int, steps: int | None) -> list[Job]:
+    """RepeatFirst with FoX, a GRU and windows of 16 and 64 steps, at 93,000 weights each."""
+    arms = {
+        "fox": {"memory": "fox"},
+        "gru": {"memory": "gru", "hidden_size": 87},
+        "window-16": {"memory": "window", "attention_window": 16},
+        "window-64": {"memory": "window", "attention_window": 64},
+    }
+    jobs = []
+    for (arm, options), seed in itertools.product(arms.items(), range(seeds)):
+        settings = {
+            "agent": "ppo_fox", "arm": arm, "seed": seed, "episodes": 100, "total_steps": steps or 133_120,
+            "log_every": 5_000, **options,
+        }  # fmt: skip
+        jobs.append(Job("memory", f"{arm}-{seed}", train_agent, settings, 200))
+    return jobs
+
+
+def train_many(
+    report: Report, env_id: str, runs: list[tuple[str, int]], steps: int, threads: int, graphs: bool = True
+) -> None:
+    """All arms and seeds of TD3 in one process."""
+    from fox_rl.agents.td3 import Options
+    from fox_rl.experiments.many_td3 import train
+
+    begin = time.perf_counter()
+
+    def timed(arm: str, seed: int, step: int, metric: str, value: float) -> None:
+        report(arm, seed, step, metric, value)
+        if (arm, seed) == runs[0] and metric == "eval_return":
+            report("all", 0, step, "seconds", time.perf_counter() - begin)
+
+    options = Options(env_id=env_id, total_steps=steps, start_steps=5_000)
+    train(env_id, runs, options, timed, threads=threads, eval_every=max(1, steps // 15), graphs=graphs)
+
+
+def early_stop(env_id: str, name: str, threads: int) -> Callable[[int, int | None], list[Job]]:
+    """TD3, LEAST and random resets."""
+
+    def jobs(seeds: int, steps: int | None) -> list[Job]:
+        runs = [(arm, seed) for arm in ("none", "least", "random") for seed in range(seeds)]
+        settings = {"env_id": env_id, "runs": runs, "steps": steps or 300_000, "threads": threads}
+        return [Job(name, "all", train_many, settings, 10_000)]
+
+    return jobs
+
+
+def measure_throughput(report: Report, name: str, steps: int, rounds: int) -> None:
+    """Environment steps/s of an agent and of the same in Stable-Baselines3, in turn, with one thread."""
+    import stable_baselines3 as sb3
+
+    from fox_rl.agents import dqn, sac, td3
+
+    shared = {"batch_size": 256, "learning_starts": 500, "buffer_size": 100_000, "device": "cpu", "seed": 0}
+    ours = {"start_steps": 500, "buffer_size": 100_000, "device": "cpu", "total_steps": steps}
+    net = {"net_arch": [256, 256]}
+    if name == "dqn":
+        env = "CartPole-v1"
+        theirs = sb3.DQN("MlpPolicy", env, **{**shared, "batch_size": 64}, policy_kwargs=net)
+        # Two hidden layers of 256 without norms do not exist here: our smallest has three layers with LayerNorm.
+        agent = dqn.Agent(dqn.Options(env_id=env, width=256, blocks=0, **{**ours, "start_steps": 500}))
+    else:
+        env = "Pendulum-v1"
+        theirs = {"td3": sb3.TD3, "sac": sb3.SAC}[name]("MlpPolicy", env, **shared, policy_kwargs=net)
+        module = {"td3": td3, "sac": sac}[name]
+        agent = module.Agent(module.Options(env_id=env, log_every=10_000, **ours))
+    for number in range(rounds):
+        begin = time.perf_counter()
+        agent.total_steps = agent.step + steps
+        while agent.step < agent.total_steps:
+            agent.advance()
+        middle = time.perf_counter()
+        theirs.learn(steps, reset_num_timesteps=False)
+        end = time.perf_counter()
+        if number:  # the first round has the steps without updates
+            report(f"{name} ours", number, steps, "steps_per_second", steps / (middle - begin))
+            report(f"{name} sb3", number, steps, "steps_per_second", steps / (end - middle))
+
+
+def throughput(seeds: int, steps: int | None) -> list[Job]:
+    """DQN on CartPole, TD3 and SAC on Pendulum."""
+    sizes = {"dqn": 6_000, "td3": 2_000, "sac": 1_500}
+    return [
+        Job("throughput", name, measure_throughput, {"name": name, "steps": steps or size, "rounds": seeds + 1}, 100)
+        for name, size in sizes.items()
+    ]
+
+
+EXPERIMENTS = {
+    "pruning-cartpole": Experiment("DQN on CartPole: dense, pruned to 95 %, static sparse", cartpole, swept=True),
+    "pruning-lunarlander": Experiment("the same on LunarLander (box2d)", lunar_lander, swept=True),
+    "pruning-atari": Experiment("PQN on Breakout: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1),
+    "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
+    "early-stop-halfcheetah": Experiment(
+        "TD3, LEAST, random resets on HalfCheetah-v5 (mujoco, GPU)",
+        early_stop("HalfCheetah-v5", "early-stop-halfcheetah", 4),
+        seeds=4,
+    ),
+    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant", 6), seeds=4),
+    "throughput": Experiment("steps/s next to Stable-Baselines3", throughput, seeds=3, score="steps_per_second"),
+}
+
+
+def run_job(job: Job, report: Report) -> None:
+    """Run a job in this process, with one thread for PyTorch."""
+    torch.set_num_threads(1)
+    job.run(report, **job.settings)

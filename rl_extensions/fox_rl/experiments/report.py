@@ -1,0 +1,105 @@
+"""Tables and learning curves from results.csv."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from fox_rl.evaluation import compare, interquartile_mean
+from fox_rl.experiments.jobs import EXPERIMENTS
+
+Rows = list[dict[str, str]]
+
+
+def last_scores(rows: Rows, metric: str) -> dict[str, np.ndarray]:
+    """`{arm: (runs, 1)}`: the last value of the metric in every run, runs in the order of their seeds."""
+    last: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
+    for row in rows:
+        if row["metric"] == metric:
+            arm, seed, point = row["arm"], int(row["seed"]), (float(row["step"]), float(row["value"]))
+            last[arm][seed] = max(last[arm].get(seed, point), point, key=lambda p: p[0])
+    return {arm: np.array([[runs[seed][1]] for seed in sorted(runs)]) for arm, runs in last.items()}
+
+
+def steps_to_reach(rows: Rows, metric: str, threshold: float) -> dict[str, list[float]]:
+    """`{arm: first step at which each run has the metric at or above the threshold}`, infinity if it never has."""
+    curves: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["metric"] == metric:
+            curves[(row["arm"], int(row["seed"]))].append((float(row["step"]), float(row["value"])))
+    reached: dict[str, list[float]] = defaultdict(list)
+    for (arm, _), points in sorted(curves.items()):
+        reached[arm].append(min((step for step, value in points if value >= threshold), default=float("inf")))
+    return dict(reached)
+
+
+def best_rates(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of arms `NAME lr=RATE` the rate with the highest interquartile mean, under the whole name."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for arm in scores:
+        groups[arm.split(" lr=")[0]].append(arm)
+    best = (max(arms, key=lambda arm: interquartile_mean(scores[arm])) for arms in groups.values())
+    return {arm: scores[arm] for arm in best}
+
+
+def write_report(rows: Rows, names: list[str], folder: Path) -> str:
+    """Markdown of all named experiments that have results; writes folder/NAME.png where matplotlib is installed."""
+    parts = []
+    for name in names:
+        own = [row for row in rows if row["experiment"] == name]
+        metric = EXPERIMENTS[name].score
+        scores = last_scores(own, metric)
+        if not scores:
+            continue
+        few = [arm for arm, values in scores.items() if len(values) < 2]
+        parts.append(f"## {name}: {EXPERIMENTS[name].text}\n")
+        if few:
+            parts.append(f"{metric}, one run each: " + ", ".join(f"{arm} {scores[arm][0, 0]:.3f}" for arm in few))
+        scores = {arm: values for arm, values in scores.items() if arm not in few}
+        if scores and EXPERIMENTS[name].swept:
+            means = ", ".join(f"{arm}: {interquartile_mean(values):.1f}" for arm, values in scores.items())
+            parts.append(f"Interquartile mean of {metric} at every learning rate: {means}.\n")
+            scores = best_rates(scores)
+        if scores:
+            parts.append(compare(scores))
+        if name.startswith("early-stop") and "none" in scores:
+            goal = interquartile_mean(scores["none"])
+            reached = steps_to_reach(own, metric, goal)
+            parts += [f"\nSteps to the final return of `none`, {goal:.0f}:"]
+            parts += [f"- {arm}: " + ", ".join(f"{x:.0f}" for x in steps) for arm, steps in reached.items()]
+        if importlib.util.find_spec("matplotlib") is not None:
+            plot_curves(own, folder / f"{name}.png")
+    return "\n".join(parts)
+
+
+def plot_curves(rows: Rows, path: Path, metrics: tuple[str, ...] = ("eval_return", "episode_return")) -> None:
+    """Mean over the seeds with the range of them, by environment steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def points(metric: str) -> dict[str, dict[float, list[float]]]:
+        curves: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if row["metric"] == metric and np.isfinite(float(row["value"])):
+                curves[row["arm"]][float(row["step"])].append(float(row["value"]))
+        return curves
+
+    # Whichever has more points is the curve.
+    metric = max(metrics, key=lambda m: max((len(x) for x in points(m).values()), default=0))
+    curves = points(metric)
+    if not curves:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for arm, values in curves.items():
+        steps = sorted(values)
+        (line,) = axes.plot(steps, [np.mean(values[s]) for s in steps], label=arm)
+        low, high = ([f(values[s]) for s in steps] for f in (min, max))
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="environment steps", ylabel=f"{metric}, mean and range of the seeds")
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,144 @@
+"""Run the experiments that RESULTS.md reports, all at once on all cores, and go on where a run was cut off.
+
+    python -m fox_rl.experiments memory pruning-cartpole --workers 8 --out runs/experiments
+    python -m fox_rl.experiments early-stop-halfcheetah --seconds 470 --out runs/experiments      with a GPU
+    python -m fox_rl.experiments memory pruning-cartpole --out runs/experiments --report          tables and figures
+
+Writes every number the moment it is measured to OUT/results.csv (experiment, job, arm, seed, step, metric, value).
+Jobs that are in there as done are not run again; what a job that was cut off had measured is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, run_job
+from fox_rl.experiments.report import write_report
+
+COLUMNS = ("experiment", "job", "arm", "seed", "step", "metric", "value")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of results.csv; a last line without its end is left out."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def drop_unfinished(path: Path) -> set[tuple[str, str]]:
+    """Keep the rows of finished jobs only; returns those jobs as (experiment, job)."""
+    rows = read_rows(path)
+    done = {(row["experiment"], row["job"]) for row in rows if row["metric"] == "done"}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row for row in rows if (row["experiment"], row["job"]) in done)
+    return done
+
+
+def work(job: Job, queue: Any) -> None:
+    """Body of a worker process: sends rows, then `(job, None)`."""
+    key = (job.experiment, job.name)
+
+    def report(arm: str, seed: int, step: int, metric: str, value: float) -> None:
+        queue.put((key, (*key, arm, seed, step, metric, repr(float(value)))))
+
+    begin = time.perf_counter()
+    try:
+        run_job(job, report)
+        queue.put((key, (*key, "", "", "", "done", repr(time.perf_counter() - begin))))
+    except Exception:
+        sys.stderr.write(f"{job.experiment} {job.name} failed:\n{traceback.format_exc()}")
+    queue.put((key, None))
+
+
+def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) -> int:
+    """Run jobs in processes of their own, the longest first; returns how many were finished."""
+    context = multiprocessing.get_context("spawn")
+    queue, waiting = context.Queue(), sorted(jobs, key=lambda job: job.cost)
+    running: dict[tuple[str, str], Any] = {}
+    deadline = None if seconds is None else time.monotonic() + seconds
+    finished = 0
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                process = context.Process(target=work, args=(job, queue), daemon=True)
+                process.start()
+                running[(job.experiment, job.name)] = process
+            if deadline is not None and time.monotonic() > deadline:
+                for process in running.values():
+                    process.terminate()
+                sys.stderr.write(f"time is up: {len(running)} jobs were cut off, {len(waiting)} not begun.\n")
+                break
+            try:
+                key, row = queue.get(timeout=1.0)
+            except Exception:  # queue.Empty of any context
+                for key in [key for key, process in running.items() if process.exitcode not in (None, 0)]:
+                    sys.stderr.write(f"{' '.join(key)} died with exit code {running.pop(key).exitcode}.\n")
+                continue
+            if row is None:
+                running.pop(key).join()
+            else:
+                writer.writerow(row)
+                file.flush()
+                if row[5] == "done":
+                    finished += 1
+                    sys.stdout.write(f"{' '.join(key)}: {float(row[6]):.0f} s; {len(waiting)} waiting\n")
+                    sys.stdout.flush()
+    return finished
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    listing = "\n".join(f"    {name:24}{experiment.text}" for name, experiment in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m fox_rl.experiments", description=f"{__doc__}\nExperiments:\n{listing}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help="experiments, see above")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/experiments"), help="folder (default: runs/experiments)"
+    )
+    parser.add_argument("--seeds", type=int, default=None, help="runs of each arm (default: of each experiment)")
+    parser.add_argument("--steps", type=int, default=None, help="environment steps of a run (default: of each)")
+    parser.add_argument("--seconds", type=float, default=None, help="stop everything after this time (default: never)")
+    parser.add_argument("--eager", action="store_true", help="early-stop-*: no CUDA graphs")
+    parser.add_argument("--report", action="store_true", help="only write tables and figures from results.csv")
+    options = parser.parse_args(argv)
+    if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
+        parser.error(f"--workers and --seeds must be at least 1; got {options.workers} and {options.seeds}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.csv"
+    missing = 0
+    if not options.report:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        done = drop_unfinished(path)
+        jobs = [job for job in planned(options) if (job.experiment, job.name) not in done]
+        missing = len(jobs) - run_all(jobs, options.workers, path, options.seconds)
+    sys.stdout.write(write_report(read_rows(path), options.names, options.out) + "\n")
+    return 1 if missing else 0
+
+
+def planned(options: argparse.Namespace) -> list[Job]:
+    """The jobs that the command line asks for."""
+    jobs = []
+    for name in options.names:
+        experiment = EXPERIMENTS[name]
+        jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
+    if options.eager:
+        for job in jobs:
+            if "threads" in job.settings:
+                job.settings["graphs"] = False
+    return jobs

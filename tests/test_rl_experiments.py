@@ -1,0 +1,97 @@
+"""The runner of experiments: what it writes, that it goes on where it was cut off, and what the report says."""
+
+import csv
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gymnasium")
+
+from fox_rl.experiments import report as reports
+from fox_rl.experiments import runner
+from fox_rl.experiments.jobs import EXPERIMENTS, Job
+
+
+def measured(report, seed, fails=False):
+    report("arm", seed, 10, "eval_return", 1.5 + seed)
+    if fails:
+        raise RuntimeError("no")
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_are_written_kept_and_gone_on_with(tmp_path, capfd):
+    path = tmp_path / "results.csv"
+    assert runner.drop_unfinished(path) == set()
+    jobs = [Job("memory", "good", measured, {"seed": 0}), Job("memory", "bad", measured, {"seed": 1, "fails": True})]
+    assert runner.run_all(jobs, 2, path, seconds=None) == 1
+    assert {(row["job"], row["metric"]) for row in rows_of(path)} == {
+        ("good", "eval_return"), ("good", "done"), ("bad", "eval_return")
+    }  # fmt: skip
+    err = capfd.readouterr().err
+    assert "memory bad failed" in err and "RuntimeError: no" in err
+    assert runner.drop_unfinished(path) == {("memory", "good")}
+    assert [(row["job"], row["metric"], float(row["value"])) for row in rows_of(path)][0] == (
+        "good",
+        "eval_return",
+        1.5,
+    )
+    assert len(rows_of(path)) == 2
+    with path.open("a", encoding="utf-8") as file:
+        file.write("memory,good,arm,0,20,eval_re")  # the machine died here
+    assert len(runner.read_rows(path)) == 2
+    assert runner.run_all(jobs[:1], 1, path, seconds=0.0) == 0
+    assert "1 jobs were cut off, 0 not begun" in capfd.readouterr().err
+
+
+def table(metric, values):
+    return [
+        {"experiment": "memory", "job": "x", "arm": arm, "seed": str(seed), "step": str(step), "metric": metric,
+         "value": str(value)}
+        for arm, runs in values.items() for seed, curve in enumerate(runs) for step, value in curve
+    ]  # fmt: skip
+
+
+def test_the_last_value_of_every_run_and_the_first_step_at_a_goal():
+    rows = table("eval_return", {"a": [[(10, 1.0), (30, 5.0), (20, 9.0)], [(10, 2.0)]], "b": [[(10, 0.5), (20, 4.0)]]})
+    scores = reports.last_scores(rows, "eval_return")
+    np.testing.assert_array_equal(scores["a"], [[5.0], [2.0]])
+    np.testing.assert_array_equal(scores["b"], [[4.0]])
+    assert reports.steps_to_reach(rows, "eval_return", 4.0) == {"a": [20.0, float("inf")], "b": [20.0]}
+
+
+def test_every_arm_is_compared_at_its_best_rate(tmp_path):
+    rates = {"dense lr=0.1": 3.0, "dense lr=0.2": 4.0, "pruned lr=0.1": 9.0, "pruned lr=0.2": 1.0}
+    rows = table("eval_return", {arm: [[(5, mean - 1)], [(5, mean + 1)]] for arm, mean in rates.items()})
+    for row in rows:
+        row["experiment"] = "pruning-cartpole"
+    text = reports.write_report(rows, ["pruning-cartpole", "memory"], tmp_path)
+    assert "| dense lr=0.2 | 2 | 4.000 |" in text and "| pruned lr=0.1 | 2 | 9.000 |" in text
+    assert "dense lr=0.1 |" not in text and "dense lr=0.1: 3.0" in text and "1.00 |" in text
+    assert (tmp_path / "pruning-cartpole.png").stat().st_size > 1000
+
+
+def test_the_plans_are_what_results_describe():
+    """Numbers of runs, learning rates for every arm, and networks of equal size in the comparison of memories."""
+    for name, experiment in EXPERIMENTS.items():
+        jobs = experiment.jobs(experiment.seeds, None)
+        assert {job.experiment for job in jobs} == {name} and len({job.name for job in jobs}) == len(jobs)
+    cartpole = EXPERIMENTS["pruning-cartpole"].jobs(5, None)
+    assert len({job.settings["arm"] for job in cartpole}) == 9 and len(cartpole) == 45
+    from fox_rl.agents import common, ppo_fox
+
+    envs, sizes = common.make_environments("fox_rl/RepeatFirst-v0", 1), {}
+    for job in EXPERIMENTS["memory"].jobs(1, None):
+        options = {name: job.settings[name] for name in ("memory", "hidden_size") if name in job.settings}
+        network = ppo_fox.build_policy(envs, ppo_fox.Options(**options))
+        sizes[job.name] = sum(p.numel() for p in network.parameters())
+    assert len(sizes) == 4 and max(sizes.values()) < 1.02 * min(sizes.values())
+
+
+def test_says_what_is_wrong(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["memory", "--workers", "0"])
+    assert "--workers and --seeds must be at least 1; got 0" in capsys.readouterr().err
