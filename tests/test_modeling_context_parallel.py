@@ -35,7 +35,7 @@ def found():
 def test_loss_and_every_gradient_are_those_of_one_process(found):
     """Token shift over the border, documents across and at it, heads that are copied: a mistake in any shows here."""
     cases = [row for row in found if "name" in row]
-    assert len(cases) == 2 * (2 * 10 + 2)
+    assert len(cases) == 2 * 13
     # eager computes in float64 throughout; the others in float32, in sums of another order. A hop that is not sent is
     # one that pruning may leave out, which one process does not do with it here: 64 tokens are one block.
     bounds = {"definition": 1e-13, "ring, hop pruned": math.exp(-5)}

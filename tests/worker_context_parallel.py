@@ -27,6 +27,7 @@ CASES = [
     ("ring, pruned, no norm", "ring", "fox_acp", PRUNED | FAST | {"use_qk_norm": False, "initializer_range": 0.05}),
     ("ring, hop pruned", "ring", "fox_acp", PRUNED | CLOSED),
 ]
+PACKINGS = {"ring": ("one", "packed", "cut"), "ring, hop pruned": ("one",), "ring, pruned": ("one", "packed")}
 
 
 def rows(packing):
@@ -112,7 +113,7 @@ def tell(found):
 def main():
     distributed.init_process_group("gloo")
     for case in CASES:
-        for packing in ("one", "packed", "cut") if case[0] in ("ring", "pruned") else ("one", "packed"):
+        for packing in PACKINGS.get(case[0], ("packed",)):
             tell(compare(*case, packing))
     for found in refusals():
         tell(found)
