@@ -27,10 +27,12 @@ from fox_kernels import (
     triton_forward,
     triton_gates,
     triton_norms,
+    triton_paged,
     triton_pruning,
 )
 from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
+from fox_kernels.paged import PagedKeys
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,7 +66,7 @@ class Recorder:
 
 MODULES = (
     triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_norms, triton_pruning,
-    triton_decode,
+    triton_decode, triton_paged,
 )  # fmt: skip
 
 
@@ -116,6 +118,12 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys):
     bound = torch.zeros(1, heads)
     triton_decode.forward(q[:, :, :4], k, k, growing.sums, keys, None, 1.0, logit_bound=bound, budget=18.0, window=99)
     triton_decode.append_gates(*growing, gates[..., :4], 0, None)
+    pages = PagedKeys(1, 1, heads, kv_heads, head_dim, dtype=dtype)
+    pages.make_room(0, 4)
+    pool, table = (pages.keys, pages.values, pages.within, pages.starts), pages.table[0]
+    length, start = pages.lengths[0], torch.zeros(1, dtype=torch.int32)
+    triton_paged.append(k[:, :, :4], k[:, :, :4], gates[..., :4], *pool, pages.totals[0], table, length)
+    triton_paged.forward(q[:, :, :4], *pool, table, pages.first_key[0], length, 1.0, start)
 
 
 def compile_launch(recorder, target):

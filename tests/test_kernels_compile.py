@@ -15,7 +15,7 @@ pytestmark = [
 ]
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}  # bytes a block may use
 ATTENTION = tuple(
-    f"forgetting_attention_{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode")
+    f"forgetting_attention_{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "paged")
 )
 
 # Spills inside loops that a comment in tile_sizes.py justifies by a time measured with them. The single pass at 128
