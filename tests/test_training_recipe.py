@@ -65,7 +65,9 @@ def test_a_published_recipe_has_the_size_budget_and_rate_of_the_authors_runs(nam
     optimizer = recipe.optimizer
     assert (optimizer.name, optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == ("adamw", rate, 0.9, 0.95)
     assert (optimizer.weight_decay, optimizer.max_grad_norm, optimizer.decay_embeddings) == (0.1, 1.0, True)
-    config = getattr(FoxConfig, recipe.model.variant)(vocab_size=50_257, **recipe.model.config)
+    config = getattr(FoxConfig, recipe.model.variant)(**recipe.model.config | {"vocab_size": 50_257})
+    assert recipe.model.config["vocab_size"] % 64 == 0 and recipe.model.config["vocab_size"] >= 50_257
+    assert recipe.run.activation_checkpointing == ("760m" in name)
     is_baseline = name.startswith("transformer")
     assert (config.fgate_type, config.use_rope) == (("none", True) if is_baseline else ("full", False))
     if weights is not None:
