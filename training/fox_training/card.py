@@ -27,6 +27,10 @@ FIGURES = {
     "per_position_loss.png": "Loss over the visible context",
     "pruned_share.png": "Attention skipped by pruning, per layer and head",
     "gate_half_life.png": "Half-life of the forget gates, per layer and head",
+    "loss_beyond.png": "Loss beyond the length of training",
+    "needle_easy.png": "Needle in a haystack, the question beside the answer",
+    "needle_standard.png": "Needle in a haystack, the answer alone",
+    "recall.png": "Recall of random tokens",
 }
 DATASETS = {
     "bundled": "State of the Union messages 1790-1803",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fox_training import documents as sources
+from fox_training import suite
 
 DESCRIPTION = """\
 Perplexity and bits per byte of a model on held-out documents.
@@ -20,12 +21,16 @@ Perplexity and bits per byte of a model on held-out documents.
 A run of ours:      python -m fox_training.evaluate runs/demo/model --ngrams
 Your own text:      python -m fox_training.evaluate runs/demo/model --data book.txt --context 1024
 A model of the Hub: python -m fox_training.evaluate gpt2 --data user/dataset --split test --column text
+Everything:         python -m fox_training.evaluate runs/demo/model --all
 
 Writes evaluation.json and per_position_loss.csv/.png, for FoX also gate_half_life.csv/.png and (attention fox_acp)
 pruned_share.csv/.png. Every document is scored alone, from its BOS token on; BOS itself and an end token are not
 scored. Longer documents are cut into windows of --context tokens; a token beyond the first window is predicted from at
 least --overlap tokens before it, and is counted once. The loss per position is taken from a second pass over windows
 without overlap, so that every length of context is met equally often and all over the text.
+
+--all adds needles in a haystack, recall and the loss to 4 times the training length, each with JSON, CSV and PNG; what
+is done is kept in the output folder, and the same command goes on from there. `fox card` writes it into the card.
 """
 
 # Without a run to take it from: logits of a window take context * vocabulary * 4 bytes.
@@ -62,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=dtypes, help="of the weights (default: auto, as saved)")
     add("--device", help="as torch names it (default: cuda if there is one, else cpu)")
     add("--tokens-per-batch", type=int, default=16384, metavar="N", help=BATCH_HELP)
+    suite.add_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     where = "(default: evaluation/ in the run folder, else ./evaluation)"
     add("--output-dir", type=Path, metavar="DIR", help=where)
@@ -105,6 +111,7 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
     started = time.monotonic()
     name = pretrained.resolve(args.model)
     run = sources.run_folder(name)
+    suite.expand(args, has_run=run is not None)
     held_out = _held_out(args, run)
     training = _ngram_documents(args, run)
     output_dir = args.output_dir or (run / "evaluation" if run else Path("evaluation"))
@@ -126,6 +133,7 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "attention": model.config._attn_implementation,
+        "log_pruning_tolerance": getattr(model.config, "log_pruning_tolerance", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "data": held_out.describe() | {"tokens": int(scores.num_tokens.sum()), "lossless_documents": lossless},
@@ -134,10 +142,15 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
         "context_gain_nats": scoring.context_gain(cold),
         "heads": _head_summary(scores.heads),
         "ngrams": _ngram_figures(training, held_out),
-        "seconds": round(time.monotonic() - started, 1),
     } | provenance.describe(provenance.command_line("fox_training.evaluate", argv))
+    key = {name: report[name] for name in ("weights_sha256", "attention", "dtype")} | {
+        "data": report["data"]["sha256"]
+    }
+    length = _training_length(run) or context
+    parts = suite.run_parts(args, model, tokenizer, held_out.texts, token_ids, length, output_dir, key)
+    report |= parts | {"seconds": round(time.monotonic() - started, 1)}
     _write_reports(output_dir, report, scores.heads, cold)
-    print(summary(report, scores.heads.notes))
+    print("\n".join([summary(report, scores.heads.notes), *suite.summary(parts)]))
     print(f"saved {output_dir}")
     return report
 
