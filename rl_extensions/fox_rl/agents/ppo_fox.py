@@ -53,6 +53,7 @@ class Options(common.RunOptions):
     hidden_size: int = option(64, "width of the policy")
     num_layers: int = option(2, "layers of the policy")
     num_heads: int = option(4, "attention heads")
+    multi_skip: bool = option(False, "fox: add the encoded observation after every layer, see FoxConfig")
     longest_memory: float = option(128.0, "fox: decay time of the slowest head at the start, in steps")
     attention_window: int = option(64, "window: steps that a layer sees")
 
@@ -99,6 +100,7 @@ def build_policy(envs: gym.vector.VectorEnv, options: Options) -> FoxPolicyModel
         num_hidden_layers=options.num_layers,
         num_attention_heads=options.num_heads,
         fgate_decay_time_max=options.longest_memory,
+        use_multi_skip=options.multi_skip,
     )
     return FoxPolicyModel(config)
 
