@@ -29,6 +29,7 @@ from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
 from .context_parallel_fox import ContextParallel, enable_context_parallel
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
+from .eviction_fox import CacheReport, FoxEvictingCache, GraphedStep
 from .modeling_fox import FoxForCausalLM, FoxModel, FoxPreTrainedModel
 from .modeling_heads_fox import FoxForQuestionAnswering, FoxForSequenceClassification, FoxForTokenClassification
 from .tokenization_fox import JSONGPT2Tokenizer
@@ -65,9 +66,11 @@ for model_class in (
 tokenization_auto.REGISTERED_TOKENIZER_CLASSES["JSONGPT2Tokenizer"] = JSONGPT2Tokenizer
 
 __all__ = [
+    "CacheReport",
     "ContextParallel",
     "FoxConfig",
     "FoxDynamicLayer",
+    "FoxEvictingCache",
     "FoxForCausalLM",
     "FoxForQuestionAnswering",
     "FoxForSequenceClassification",
@@ -75,6 +78,7 @@ __all__ = [
     "FoxModel",
     "FoxPreTrainedModel",
     "FoxStaticLayer",
+    "GraphedStep",
     "JSONGPT2Tokenizer",
     "PruningStats",
     "enable_context_parallel",

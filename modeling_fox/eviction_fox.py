@@ -5,238 +5,527 @@
 With QK-norm every score lies in [-U, U], U from the norm weights alone. A token that has decayed by D weighs at most
 exp(U + D) against exp(-U) of the query's own token, now and, as D only falls further, at every later query. So once
 
-    log sum of exp(D) over a prefix  <=  log_tolerance - 2 U      for every head and sequence
+    log sum of exp(D) over a prefix  <=  log_pruning_tolerance - 2 U      for every query head that shares the keys
 
-the prefix can never again hold more than `exp(log_tolerance)` of any row of attention, and is dropped. The sum runs
-over everything dropped so far as well: the tolerance is spent once, not at every eviction. What this needs: static
-norms (QK-norm) and no way back, so `crop` is refused, and it does not hold after the weights change.
+the prefix can never again hold more than `exp(log_pruning_tolerance)` of any row of attention, and is dropped. The sum
+runs over everything dropped so far as well: the tolerance is spent once, not at every eviction. The theorem, with its
+conditions and roundings, is in `kernels/README.md`.
 
-Letters:  B batch, H query heads, S cached tokens.
+Letters:  L layers, B batch, H query heads, H_kv key heads, T new tokens, S tokens so far, D head dim.
 """
 
-import copy
+import math
+import weakref
+from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig, configuration_utils
 
+from . import attention_fox
 from .cache_fox import FoxDynamicLayer
-from .modeling_fox import FoxAttention
+
+try:
+    from fox_kernels import paged, paged_attention
+except ImportError:
+    paged = paged_attention = None
+
+STALE = (
+    "`past_key_values` must be computed with the present weights; they were updated since. Build a new cache, and "
+    "feed the tokens that should be remembered again."
+)
+
+
+def operators():
+    """The modules `paged` and `paged_attention` of fox_kernels, or of the kernel of the Hub that stands for it.
+
+    Raises:
+        ImportError: If there is neither.
+    """
+    if paged is not None:
+        return paged, paged_attention
+    if attention_fox.hub_kernel is None:
+        raise ImportError(
+            "An evicting cache needs the package fox_kernels, which is not installed. Run "
+            "`pip install 'fox-transformers[kernels]'`, or use DynamicCache(config=model.config)."
+        )
+    package = attention_fox.forgetting_attention.__module__.rpartition(".")[0]
+    return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention"))
+
+
+class CacheReport(NamedTuple):
+    """What an evicting cache holds.
+
+    Attributes:
+        num_tokens: Tokens that it has read.
+        live_keys: `(L, B, H_kv)` int32 on the CPU, keys that are still there.
+        full_keys: Keys that a cache of everything would hold, of all layers, sequences and heads.
+        memory_bytes: See `FoxEvictingCache.memory_bytes`.
+        lost_mass_bound: See `FoxEvictingCache.lost_mass_bound`.
+        is_proven: Whether that is at most what `log_pruning_tolerance` promises; else `max_cache_bytes` was too small.
+    """
+
+    num_tokens: int
+    live_keys: torch.Tensor
+    full_keys: int
+    memory_bytes: int
+    lost_mass_bound: float
+    is_proven: bool
+
+    def __str__(self) -> str:
+        live = int(self.live_keys.sum())
+        return (
+            f"{self.num_tokens} tokens, {live} of {self.full_keys} keys live ({live / max(self.full_keys, 1):.2%}; "
+            f"{int(self.live_keys.min()) if live else 0} to {int(self.live_keys.max()) if live else 0} a head), "
+            f"{self.memory_bytes / 2**20:.1f} MiB, at most {self.lost_mass_bound:.1e} of a row of attention lost "
+            f"({'proven' if self.is_proven else 'NOT within the tolerance: max_cache_bytes is too small for it'})"
+        )
+
+
+class _Pages:
+    """What the layers of a cache share: the pages of each device, and where every sequence starts."""
+
+    def __init__(self, config, log_pruning_tolerance, page_size, max_cache_bytes, logit_bound):
+        self.num_layers = config.num_hidden_layers
+        self.log_pruning_tolerance, self.page_size = log_pruning_tolerance, page_size
+        self.max_cache_bytes, self.logit_bound = max_cache_bytes, logit_bound
+        self.drop_all()
+
+    def drop_all(self):
+        self.stores = {}
+        self.key_start: torch.Tensor | None = None
+        self.has_begun = True  # every sequence has a token that is not padding
+
+    def store(self, query: torch.Tensor, key: torch.Tensor):
+        """The pages on the device of `query (B, H, T, D)` and `key (B, H_kv, T, D)`, made if there are none yet."""
+        if query.device not in self.stores:
+            self.stores[query.device] = self._new_store(query, key)
+        return self.stores[query.device]
+
+    def _new_store(self, query, key):
+        if self.stores and self.max_cache_bytes is not None:
+            raise ValueError(
+                "`max_cache_bytes` must be None where layers are on several devices; got "
+                f"{self.max_cache_bytes}. Put the model on one device."
+            )
+        (batch, num_heads, _, head_dim), num_kv_heads = query.shape, key.shape[1]
+        options = {"page_size": self.page_size, "log_tolerance": self.log_pruning_tolerance}
+        options |= {"dtype": key.dtype, "device": key.device}
+        with torch.inference_mode(False):
+            store = operators()[0].PagedKeys(self.num_layers, batch, num_heads, num_kv_heads, head_dim, **options)
+        if self.max_cache_bytes is not None:
+            # Every head keeps the page that it writes to, and 16 new tokens may begin another.
+            least = 2 * self.num_layers * batch * num_kv_heads
+            store.max_pages = self.max_cache_bytes // store.page_bytes()
+            if store.max_pages < least:
+                raise ValueError(
+                    f"`max_cache_bytes` must be at least {least * store.page_bytes()}, two pages of "
+                    f"{self.page_size} tokens for each of {self.num_layers} layers, {batch} sequences and "
+                    f"{num_kv_heads} key heads; got {self.max_cache_bytes}. Take smaller pages or fewer sequences."
+                )
+        if self.key_start is not None:
+            store.key_start = self.key_start.to(key.device)
+        return store
+
+    def num_tokens(self) -> int:
+        return max((max(store.num_keys) for store in self.stores.values()), default=0)
+
+    def set_key_start(self, key_start: torch.Tensor) -> None:
+        """Hide what is before `key_start`, `(B,)` int32, of each sequence."""
+        self.key_start = key_start
+        for device, store in self.stores.items():
+            store.key_start = key_start.to(device)
+            store.changes += 1
 
 
 class FoxEvictingLayer(FoxDynamicLayer):
-    """`FoxDynamicLayer` that can drop its oldest tokens, and start single sequences of the batch over.
-
-    Attributes:
-        start: First cached token of each sequence that belongs to its present episode, `(B,)` int64.
-        evicted_mass: Log of the sum of exp(D) over all dropped tokens, as of the newest token, `(B, H)` fp32 nats.
-    """
+    """One layer of a `FoxEvictingCache`, which attends to its pages itself: see `attend`."""
 
     _layer_type = None  # a subclass that keeps the name would become every FoX model's layer once it is imported
 
+    def __init__(self, pages: _Pages, layer_idx: int):
+        self.pages, self.layer_idx = pages, layer_idx
+        super().__init__()
+
     def _drop_own_states(self):
         super()._drop_own_states()
-        self.start: torch.Tensor | None = None
-        self.evicted_mass: torch.Tensor | None = None
+        self._weights: list | None = None
+        self.longest_key: torch.Tensor | None = None
+
+    def _store(self):
+        return next((x for x in self.pages.stores.values() if x.num_keys[self.layer_idx]), None)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Nothing yet: `attend` stores them. Returns them as they are."""
+        return key_states, value_states
 
     def update_gate(self, log_fgate: torch.Tensor) -> torch.Tensor:
-        """As in `FoxDynamicLayer`; what was dropped decays with the rest."""
-        if self.start is None:
-            self.start = torch.zeros(log_fgate.shape[0], dtype=torch.long, device=log_fgate.device)
-            self.evicted_mass = torch.full(log_fgate.shape[:2], -torch.inf, device=log_fgate.device)
-        self.evicted_mass = self.evicted_mass + log_fgate.detach().sum(dim=-1)
-        return super().update_gate(log_fgate)
+        """Nothing yet, as `update`."""
+        return log_fgate
 
-    def start_over(self, which: torch.Tensor) -> None:
-        """The next token of the sequences `which`, `(B,)` bool, is the first of an episode and sees nothing before."""
-        if self.start is None:
-            return
-        self.start = torch.where(which, self.get_seq_length(), self.start)
-        self.evicted_mass = self.evicted_mass.masked_fill(which[:, None], -torch.inf)
-        for name in ("shift_keys", "shift_values"):
-            state = getattr(self, name)
-            if state is not None:
-                # Not in place: with gradients it may be a part of the graph.
-                setattr(self, name, state.masked_fill(which[:, None, None, None], 0.0))
-
-    def num_droppable(self, largest_mass: torch.Tensor) -> int:
-        """Oldest tokens that may be dropped.
+    def attend(self, module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
+        """In place of a backend: store T new tokens and attend from them to all that is live, whatever the backend.
 
         Args:
-            largest_mass: `log_tolerance - 2 U` per head, `(H,)` fp32.
-        """
-        gates = self.log_fgate
-        # D of token j: the gates after j. Summed from the end, so that it is exact where it is small.
-        decay = gates.flip(-1).cumsum(dim=-1).flip(-1) - gates
-        position = torch.arange(gates.shape[-1], device=gates.device)
-        decay = decay.masked_fill((position < self.start[:, None])[:, None], -torch.inf)
-        mass = torch.logaddexp(decay.logcumsumexp(dim=-1), self.evicted_mass[..., None])
-        return int((mass <= largest_mass[:, None]).all(dim=0).all(dim=0).sum())
+            module: The attention layer, for the bound on its scores and to see that its weights stay what they are.
+            query: `(B, H, T, D)`; key, value: `(B, H_kv, T, D)`; log_fgate: `(B, H, T)` fp32 nats. New tokens only.
+            attention_mask: Not looked at: the cache knows what is hidden.
 
-    def drop(self, num_tokens: int) -> None:
-        """Forget the oldest `num_tokens` and give their memory back."""
-        gates = self.log_fgate
-        decay = gates.flip(-1).cumsum(dim=-1).flip(-1) - gates
-        position = torch.arange(gates.shape[-1], device=gates.device)
-        decay = decay.masked_fill((position < self.start[:, None])[:, None], -torch.inf)
-        dropped = decay[..., :num_tokens].logsumexp(dim=-1)
-        self.evicted_mass = torch.logaddexp(self.evicted_mass, dropped)
-        self.keys = self.keys[:, :, num_tokens:].clone()
-        self.values = self.values[:, :, num_tokens:].clone()
-        self.log_fgate = gates[..., num_tokens:].clone()
-        self.start = (self.start - num_tokens).clamp(min=0)
-        for memory in self._memory.values():
-            memory.memory = None
-        self._drop_sums()
-
-    def memory_bytes(self) -> int:
-        """Bytes held: keys, values, gates with the room they grow into, running sums and shifts."""
-        states = [self.shift_keys, self.shift_values, self.start, self.evicted_mass]
-        for name, memory in self._memory.items():
-            states.append(getattr(self, name) if memory.memory is None else memory.memory)
-        if self._sums is not None:
-            states += [*self._sums.sums, self._sums.totals]
-        return sum(x.numel() * x.element_size() for x in states if x is not None)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused unless nothing is removed.
+        Returns:
+            `(B, T, H, D)` and None.
 
         Raises:
-            ValueError: What was dropped was dropped for queries after the newest token, not for earlier ones.
+            ValueError: If the weights changed under the cache, a score is beyond the given bound, or the pages do not
+                fit the tensors.
         """
-        if tokens_to_remove:
-            raise ValueError(
-                f"`tokens_to_remove` must be 0 in an evicting cache; got {tokens_to_remove}. It cannot go back: use "
-                "DynamicCache(config=model.config) for speculative decoding."
-            )
-        super().crop(tokens_to_remove)
+        store = self.pages.store(query, key)
+        self._check_weights(module)
+        if self.pages.logit_bound is not None:
+            self._check_scores(query, key, scaling)
+        if not store.is_bounded[self.layer_idx]:
+            bound = self.pages.logit_bound
+            if bound is None:
+                bound = module.logit_bound(query.shape[1], query.dtype)
+            else:
+                bound = torch.full((query.shape[1],), float(bound))
+            store.set_logit_bound(self.layer_idx, bound)
+        out = operators()[1].paged_attention(
+            query, key, value, log_fgate, store, self.layer_idx, scale=scaling, may_evict=not self.record_past
+        )
+        return out.transpose(1, 2), None
 
-    def _map_own_states(self, change) -> None:
-        super()._map_own_states(change)
-        for name in ("start", "evicted_mass"):
-            if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
+    def _check_weights(self, module):
+        if self._weights is None or not self.get_seq_length():
+            self._weights = [(weakref.ref(x), x._version) for x in module.parameters() if not x.is_inference()]
+            return
+        for reference, version in self._weights:
+            parameter = reference()
+            if parameter is None or parameter._version != version:
+                raise ValueError(STALE)
+
+    def _check_scores(self, query, key, scaling):
+        """Compare the bound that was given with the longest query and the longest key so far; waits for the device."""
+        longest = key.detach().float().norm(dim=-1).amax(dim=(0, 2))
+        if self.longest_key is not None:
+            longest = torch.maximum(longest, self.longest_key)
+        queries = query.detach().float().norm(dim=-1).amax(dim=(0, 2))
+        largest = float((queries * longest.repeat_interleave(len(queries) // len(longest))).amax()) * abs(scaling)
+        # 2^-12: the norms are summed in fp32. NaN is refused as well.
+        if not largest * (1 + 2**-12) <= self.pages.logit_bound:
+            raise ValueError(
+                f"`logit_bound` must be at least every |scaling * q . k|; got {self.pages.logit_bound}, and a query "
+                f"of layer {self.layer_idx} may reach {largest:.2f}. What was dropped could matter to it: give a "
+                "larger bound to a new cache, or use DynamicCache(config=model.config)."
+            )
+        self.longest_key = longest
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, dropped ones included."""
+        store = self._store()
+        return 0 if store is None else store.num_keys[self.layer_idx]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys of a mask, and its offset."""
+        return self.get_seq_length() + query_length, 0
+
+    def past_shift(self, name: str) -> torch.Tensor | None:
+        """As in `FoxDynamicLayer`; a copy, as `update_shift` writes to the same memory."""
+        past = super().past_shift(name)
+        return None if past is None else past.clone()
+
+    def update_shift(self, name: str, projection: torch.Tensor) -> None:
+        """As in `FoxDynamicLayer`, in place, so that a CUDA graph finds it again."""
+        past = getattr(self, f"shift_{name}")
+        if past is None or self.record_past or past.shape != projection[:, -1:].shape or past.is_inference():
+            with torch.inference_mode(False), torch.no_grad():
+                super().update_shift(name, projection.detach())
+        else:
+            past.copy_(projection[:, -1:].detach())
+
+    def activate_past_recording(self):
+        """As in `FoxDynamicLayer`; from now on nothing is dropped on account of tokens that may be taken back.
+
+        Raises:
+            ValueError: With `max_cache_bytes`, which may have to drop something at any time.
+        """
+        if self.pages.max_cache_bytes is not None:
+            raise ValueError(
+                f"`max_cache_bytes` must be None for assisted decoding, which goes back; got "
+                f"{self.pages.max_cache_bytes}. The proof alone bounds the memory."
+            )
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; see `FoxDynamicLayer`.
+
+        Raises:
+            ValueError: If something was dropped for good since the token that would become the last.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or negative; got {tokens_to_remove}. Pass -n to remove n tokens."
+            )
+        num_left = max(self.get_seq_length() + tokens_to_remove, 0)
+        shifts = (None, None)
+        if num_left:
+            shifts = [self._cropped_shift(state, tokens_to_remove) for state in (self.shift_keys, self.shift_values)]
+        store = self._store()
+        if store is not None:
+            store.crop(self.layer_idx, num_left)
+        self.shift_keys, self.shift_values = shifts
+
+    def reset(self) -> None:
+        """Drop every token, of all layers."""
+        self._drop_own_states()
+        self.pages.drop_all()
+
+    def offload(self):
+        """Refused: pages stay where the attention is."""
+        raise ValueError("an evicting cache cannot be offloaded: what is live is small. Pass `offloading=False`.")
+
+    # The cache moves the pages of all layers at once.
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Only the states before the shift; see `FoxEvictingCache.reorder_cache`."""
+        self._map_own_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
 
 class FoxEvictingCache(Cache):
-    """Cache whose memory stays bounded over endless sequences, for any model that is built of FoX layers.
+    """Cache whose memory follows what the model still remembers, not what it has read; for any model of FoX layers.
 
-    All layers hold the same tokens: a prefix goes when the slowest head of the model has forgotten it. With several
-    sequences pass `attention_mask=cache.attention_mask(T)` to the model; it hides what lies before `start_over`.
+    `model.generate(..., cache_implementation="fox")` builds one, with `cache_config` as its options, or pass one as
+    `past_key_values`. Every head of every layer and sequence keeps its own range of tokens, in pages that go back to a
+    pool. `get_seq_length` counts all tokens that were read. Beams share pages; padding must be on the left. Attention
+    is computed by fox_kernels, whatever `attn_implementation` says, without gradients.
 
     Args:
-        model: The model that will write to the cache; its QK-norm weights give the bound on the scores.
-        log_tolerance: Natural log of the attention mass that all dropped tokens together may have had in a row,
+        config: That of the model.
+        log_pruning_tolerance: Natural log of the attention mass that a row may lose to all dropped tokens together,
             negative; -10.0 allows 4.5e-5.
-        every: Tokens between two looks at what may be dropped.
+        page_size: Tokens of a page, a power of 2, at least 16. A head drops whole pages only.
+        max_cache_bytes: What keys, values and decays may take at most; tables of page numbers, a few percent, come on
+            top. Where it is not enough, the most decayed pages of all heads go first, and `report` tells what that may
+            have cost in place of the proof. Default: None, no limit.
+        logit_bound: U for a model without QK-norm, nats. Every step compares it with the longest query and key, which
+            waits for the device, and refuses to go on beyond it. Default: None, from the weights of QK-norm.
 
     Raises:
-        ValueError: Without QK-norm there is no static bound; with RoPE the positions would shift.
+        ValueError: If an option is not one of the above, or there is no bound.
+        ImportError: Without fox_kernels.
     """
 
-    def __init__(self, model: torch.nn.Module, log_tolerance: float = -10.0, every: int = 32):
-        attention = [module for module in model.modules() if isinstance(module, FoxAttention)]
-        if not attention:
-            raise ValueError(f"`model` must have FoX layers; got {type(model).__name__} without any.")
-        config = attention[0].config
-        if not config.use_qk_norm:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        log_pruning_tolerance: float = -10.0,
+        page_size: int = 64,
+        max_cache_bytes: int | None = None,
+        logit_bound: float | None = None,
+    ):
+        if not hasattr(config, "use_qk_norm"):
+            raise ValueError(
+                f"`config` must be that of a FoX model; got a {type(config).__name__}. Pass `model.config`; other "
+                "models have no gates that would say what can be dropped."
+            )
+        if logit_bound is None and not config.use_qk_norm:
             raise ValueError(
                 "`use_qk_norm` must be True for safe eviction; got False. Without it a later query could be long "
-                "enough to see what was dropped."
+                "enough to see what was dropped: pass `logit_bound`, which is then checked at every step."
             )
-        if config.use_rope:
-            raise ValueError("`use_rope` must be False for eviction; got True: positions count the cached tokens.")
-        if log_tolerance >= 0:
+        if logit_bound is not None and not 0.0 < logit_bound < math.inf:
+            raise ValueError(f"`logit_bound` must be a positive number of nats; got {logit_bound}. Try 20.")
+        if log_pruning_tolerance is None or not log_pruning_tolerance < 0.0:
             raise ValueError(
-                f"`log_tolerance` is the log of a probability and must be negative; got {log_tolerance}. "
-                "For 4.5e-5 pass -10.0."
+                "`log_pruning_tolerance` is the log of a probability and must be negative; got "
+                f"{log_pruning_tolerance}. For 4.5e-5 pass -10.0."
             )
-        if every < 1:
-            raise ValueError(f"`every` must be at least 1; got {every}.")
-        super().__init__(layers=[FoxEvictingLayer() for _ in attention])
-        self.log_tolerance, self.every = log_tolerance, every
-        self._attention = attention
-        self._version = self.weight_version()
-        self._since = 0
-        dtype = attention[0].q_proj.weight.dtype
-        heads = config.num_attention_heads
-        # The bound has a margin for rounding the scores; 1e-3 is one for the fp32 sums over gates.
-        self._largest_mass = [log_tolerance - 1e-3 - 2 * module.logit_bound(heads, dtype) for module in attention]
+        if page_size < 16 or page_size & (page_size - 1):
+            raise ValueError(f"`page_size` must be a power of 2 and at least 16; got {page_size}. Take 64.")
+        if max_cache_bytes is not None and max_cache_bytes < 1:
+            raise ValueError(f"`max_cache_bytes` must be a positive number; got {max_cache_bytes}. None is no limit.")
+        operators()
+        self.pages = _Pages(config, log_pruning_tolerance, page_size, max_cache_bytes, logit_bound)
+        super().__init__(layers=[FoxEvictingLayer(self.pages, i) for i in range(config.num_hidden_layers)])
 
-    def __deepcopy__(self, memo):
-        # A copy of the cached tokens, for a look ahead; the model is the same.
-        memo |= {id(module): module for module in self._attention}
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+    def hide_padding(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
+        """Take note of where sequences start; the model calls it before its layers.
 
-    def weight_version(self) -> int:
-        """Changes whenever an optimizer, or anything else that works in place, touches a weight of the layers."""
-        return sum(parameter._version for module in self._attention for parameter in module.parameters())
+        Args:
+            attention_mask: `(B, S)`, 0 at padding, new tokens included; None if there is none.
+            num_new: T.
+
+        Returns:
+            The last T columns, or None if they hold no padding.
+
+        Raises:
+            ValueError: If padding is anywhere but before the first token, or the mask has other dimensions.
+        """
+        if attention_mask is None:
+            return None
+        width = self.get_seq_length() + num_new
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != width:
+            raise ValueError(
+                f"`attention_mask` must be (batch, {width}) with an evicting cache, tokens so far and new ones; got "
+                f"{tuple(attention_mask.shape)}. Use DynamicCache(config=model.config) for other masks."
+            )
+        real = attention_mask != 0
+        new = real[:, width - num_new :]
+        if new.all():
+            new = None
+            if self.pages.has_begun and num_new < width:
+                return None
+        first = torch.where(real.any(dim=1), real.int().argmax(dim=1), width)
+        position = torch.arange(width, device=real.device)
+        if not torch.equal(real, position >= first[:, None]):
+            raise ValueError(
+                "`attention_mask` must be 0 before the first token of a sequence only, with an evicting cache; got "
+                "padding after it. Pad on the left, or use DynamicCache(config=model.config)."
+            )
+        self.pages.has_begun = bool((first < width).all())
+        if first.any():
+            self.pages.set_key_start(first.int())
+        return new
 
     def check_weights(self) -> None:
-        """Refuse to go on after a weight update.
+        """Refuse to go on after a weight update. The layers do so too, at the next token.
 
         Raises:
             ValueError: If the weights are not those with which the cached tokens were computed.
         """
-        if self.get_seq_length() and self.weight_version() != self._version:
-            raise ValueError(
-                "`past_key_values` must be computed with the present weights; they were updated since. Build a new "
-                "cache, and feed the tokens that should be remembered again."
-            )
-
-    def attention_mask(self, num_new: int = 1) -> torch.Tensor | None:
-        """`(B, S + num_new)` int64, 0 before the present episode of each sequence; None if none started over."""
-        start = self.layers[0].start
-        if start is None or not bool(start.any()):
-            return None
-        position = torch.arange(self.get_seq_length() + num_new, device=start.device)
-        return (position >= start[:, None]).long()
+        for layer in self.layers:
+            if layer.get_seq_length() and any(x() is None or x()._version != old for x, old in layer._weights):
+                raise ValueError(STALE)
 
     def start_over(self, which: torch.Tensor) -> None:
-        """The next token of the sequences `which`, `(B,)` bool, is the first of a new episode."""
+        """The next token of the sequences `which`, `(B,)` bool, is the first of a new episode: it sees none before."""
+        if not self.pages.stores:
+            return
+        for store in self.pages.stores.values():
+            store.start_over(which)
+        self.pages.key_start = store.key_start
         for layer in self.layers:
-            layer.start_over(which)
+            for name in ("shift_keys", "shift_values"):
+                state = getattr(layer, name)
+                if state is not None:
+                    setattr(layer, name, state.masked_fill(which.to(state.device)[:, None, None, None], 0.0))
 
-    @torch.no_grad()
-    def evict(self, force: bool = False) -> int:
-        """Drop what can never matter again; returns the number of tokens. Call it after every forward pass.
+    def evict(self) -> int:
+        """Look now for what can be dropped; returns the number of pages. It happens by itself once a page."""
+        return sum(store.evict() for store in self.pages.stores.values())
 
-        Looks only every `every` calls, and drops only what is an eighth of the cache or 32 tokens, because it copies
-        the rest.
-
-        Args:
-            force: Look now, and drop whatever there is.
-        """
-        self._since += 1
-        if not force and self._since < self.every:
-            return 0
-        self._since = 0
-        length = self.get_seq_length()
-        if length == 0:
-            return 0
-        number = min(
-            layer.num_droppable(largest.to(layer.log_fgate.device))
-            for layer, largest in zip(self.layers, self._largest_mass, strict=True)
-        )
-        if number == 0 or (not force and number < min(32, length // 8)):
-            return 0
-        for layer in self.layers:
-            layer.drop(number)
-        return number
+    def make_room(self, num_new: int) -> None:
+        """What a step of up to 16 tokens needs done by Python, before a CUDA graph of it is replayed."""
+        for store in self.pages.stores.values():
+            for layer, length in enumerate(store.num_keys):
+                if length:
+                    store.make_room(layer, num_new)
 
     def lost_mass_bound(self) -> float:
-        """Largest share of a row of attention that the dropped tokens can have had; at most exp(log_tolerance)."""
+        """Largest share of a row of attention that dropped tokens can have had so far, in [0, 1]."""
         bounds = [
-            float((layer.evicted_mass.cpu() + self.log_tolerance - 1e-3 - largest.cpu()).max())
-            for layer, largest in zip(self.layers, self._largest_mass, strict=True)
-            if layer.evicted_mass is not None
+            float((store.worst + 2.0 * store.logit_bound[:, None])[store.worst > -torch.inf].max())
+            for store in self.pages.stores.values()
+            if (store.worst > -torch.inf).any()
         ]
-        return float(torch.tensor(max(bounds, default=-torch.inf)).exp())
+        return min(1.0, math.exp(min(max(bounds, default=-math.inf), 0.0)))
+
+    def report(self) -> CacheReport:
+        """What is live, what it takes and what it may have cost; waits for the device."""
+        stores = self.pages.stores.values()
+        live = sum((store.live_keys().cpu() for store in stores), torch.zeros((), dtype=torch.int32))
+        length, bound = self.pages.num_tokens(), self.lost_mass_bound()
+        is_proven = bound <= math.exp(self.pages.log_pruning_tolerance)
+        return CacheReport(length, live, live.numel() * length, self.memory_bytes(), bound, is_proven)
 
     def memory_bytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(layer.memory_bytes() for layer in self.layers)
+        """Bytes held: the pools, used or not, tables of pages, and what the shifts look back to."""
+        shifts = [x for layer in self.layers for x in (layer.shift_keys, layer.shift_values) if x is not None]
+        total = sum(x.numel() * x.element_size() for x in shifts)
+        return total + sum(store.memory_bytes() for store in self.pages.stores.values())
+
+    def _take_sequences(self, index: torch.Tensor) -> None:
+        for store in self.pages.stores.values():
+            store.take_sequences(index)
+            self.pages.key_start = store.key_start
+        for layer in self.layers:
+            layer.reorder_cache(index)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace sequence b by sequence `beam_idx[b]`; full pages are shared, not copied."""
+        self._take_sequences(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times, copies side by side."""
+        batch = next(iter(self.pages.stores.values())).batch if self.pages.stores else 0
+        self._take_sequences(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the sequences `indices`."""
+        batch = next(iter(self.pages.stores.values())).batch if self.pages.stores else 0
+        self._take_sequences(torch.arange(batch)[indices.cpu()])
 
 
-__all__ = ["FoxEvictingCache", "FoxEvictingLayer"]
+class GraphedStep:
+    """A decoding step of `model` over an evicting cache, replayed as a CUDA graph; for a loop of one's own.
+
+    Recorded anew when the pool or a table has grown, which becomes rare. The prompt goes through the model itself.
+
+    Args:
+        model: A FoX model on one CUDA device, without RoPE.
+        cache: Evicting cache that holds a prompt of at least one token.
+
+    Raises:
+        ValueError: If the model or the cache is not one of the above.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: FoxEvictingCache):
+        if model.config.use_rope or model.device.type != "cuda" or len(cache.pages.stores) != 1:
+            raise ValueError(
+                "`model` must be on one CUDA device, without RoPE, and `cache` hold a prompt; got "
+                f"{model.device}, use_rope={model.config.use_rope} and {cache.get_seq_length()} tokens."
+            )
+        if cache.pages.logit_bound is not None:
+            raise ValueError("`logit_bound` must be None in a CUDA graph; got one, which waits for the device.")
+        self.model, self.cache = model, cache
+        self.graph = None
+        self.input_ids = self.logits = self._addresses = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feed one token a sequence, `(B, 1)`; returns the logits `(B, 1, V)`, overwritten by the next call."""
+        self.cache.make_room(1)
+        if self.graph is None and self.input_ids is None:
+            # Plain, once: kernels are compiled and memory is set up.
+            self.input_ids = input_ids.clone()
+            return self.model(input_ids, past_key_values=self.cache, use_cache=True).logits
+        (store,) = self.cache.pages.stores.values()
+        addresses = [x.data_ptr() for x in vars(store).values() if isinstance(x, torch.Tensor)]
+        addresses = [*addresses, len(input_ids), store.key_start is None]
+        if self.graph is None or addresses != self._addresses:
+            self.cache.check_weights()
+            lengths = list(store.num_keys)
+            self.input_ids, self.graph = input_ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.input_ids, past_key_values=self.cache, use_cache=True).logits
+            # Recording moved what Python knows, and nothing on the device.
+            store.num_keys, self._addresses = lengths, addresses
+        self.input_ids.copy_(input_ids)
+        self.graph.replay()
+        store.num_keys = [x + (x > 0) for x in store.num_keys]
+        return self.logits
+
+
+def make_evicting_cache(config: PreTrainedConfig, generation_config: GenerationConfig) -> FoxEvictingCache:
+    """For `generate`: `generation_config.cache_config` may hold the options of `FoxEvictingCache`."""
+    cache = FoxEvictingCache(config, **(generation_config.cache_config or {}))
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    return cache
+
+
+# What `GenerationConfig` lets through as `cache_implementation`.
+if "fox" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS:
+    configuration_utils.ALL_CACHE_IMPLEMENTATIONS += ("fox",)
+
+__all__ = ["CacheReport", "FoxEvictingCache", "FoxEvictingLayer", "GraphedStep", "make_evicting_cache"]

@@ -189,15 +189,16 @@ class _Gathered:
 
 def _looked_up(cache, layer):
     """Where the live keys of a layer are; the same until pages come or go."""
-    changes, gathered = cache.looked_up.get(layer, (None, None))
-    if changes != cache.changes:
-        num_keys = cache.num_keys[layer]
+    num_keys = cache.num_keys[layer]
+    state = (cache.changes, -(-num_keys // cache.page_size))
+    seen, gathered = cache.looked_up.get(layer, (None, None))
+    if seen != state:
         lengths, hidden = _live(cache, layer, num_keys)
         gathered = [
             _Gathered(cache, layer, heads, lengths, hidden, num_keys)
             for heads in _alike(lengths, SHORT, LARGEST_GATHER)
         ]
-        cache.looked_up[layer] = (cache.changes, gathered)
+        cache.looked_up[layer] = (state, gathered)
     return gathered
 
 

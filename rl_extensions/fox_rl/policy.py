@@ -232,13 +232,13 @@ class FoxPolicyModel(FoxPreTrainedModel):
 
     def new_cache(self, log_tolerance: float = -10.0) -> FoxEvictingCache:
         """Empty rollout cache for the present weights; see `FoxEvictingCache`."""
-        return FoxEvictingCache(self, log_tolerance)
+        return FoxEvictingCache(self.config, log_tolerance, page_size=16)
 
     @torch.no_grad()
     def act(
         self, observation: Tensor, is_init: Tensor, cache: FoxEvictingCache, deterministic: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of B environments; the cache is extended, and shortened by what can never matter again.
+        """One step of B environments; the cache is extended, and drops by itself what can never matter again.
 
         The cache belongs to the policy: keep observations in a replay buffer, never the cache.
 
@@ -257,10 +257,7 @@ class FoxPolicyModel(FoxPreTrainedModel):
         cache.check_weights()
         if bool(is_init.any()):
             cache.start_over(is_init)
-        outputs = self(
-            observation[:, None], attention_mask=cache.attention_mask(), past_key_values=cache, use_cache=True
-        )
-        cache.evict()
+        outputs = self(observation[:, None], past_key_values=cache, use_cache=True)
         distribution = outputs.distribution()
         action = distribution.mode if deterministic else distribution.sample()
         return action[:, 0], distribution.log_prob(action)[:, 0], outputs.value[:, 0]
