@@ -187,6 +187,42 @@ def test_an_update_of_sac_is_that_of_stable_baselines3():
     assert agent.log_temperature_value == pytest.approx(theirs.log_ent_coef.item(), abs=1e-6)
 
 
+def test_two_updates_of_td3_are_those_of_stable_baselines3():
+    """The second one moves the actor and the targets as well; no noise on the target's action."""
+    sb3 = pytest.importorskip("stable_baselines3")
+    agent = td3.Agent(options(batch_size=64, learning_rate=1e-3, target_noise=0.0))
+    theirs = sb3.TD3(
+        "MlpPolicy", "Pendulum-v1", learning_rate=1e-3, batch_size=64, device="cpu", seed=0, target_policy_noise=0.0,
+        target_noise_clip=0.0, policy_kwargs={"net_arch": [16, 16]},
+    )  # fmt: skip
+    for actor in (theirs.actor, theirs.actor_target):
+        actor.mu.load_state_dict(agent.actor.state_dict())
+    for critic in (theirs.critic, theirs.critic_target):
+        for net, other in zip(agent.critics.nets, critic.q_networks, strict=True):
+            other.load_state_dict(net.state_dict())
+    rng = np.random.default_rng(0)
+    theirs._logger = sb3.common.logger.Logger(None, [])
+    for _ in range(2):
+        rows = [rng.normal(size=(64, 3)), rng.uniform(-1, 1, (64, 1)), rng.normal(size=64), rng.normal(size=(64, 3))]
+        names = ("observation", "action", "reward", "following")
+        batch = {name: torch.tensor(x, dtype=torch.float32) for name, x in zip(names, rows, strict=True)}
+        batch["terminated"] = torch.as_tensor(rng.random(64) < 0.3)
+        agent.batch = lambda batch=batch: batch
+        samples = type("Samples", (), dict(
+            observations=batch["observation"], actions=batch["action"], next_observations=batch["following"],
+            rewards=batch["reward"][:, None], dones=batch["terminated"].float()[:, None], discounts=None,
+        ))  # fmt: skip
+        theirs.replay_buffer.sample = lambda *_, samples=samples, **__: samples
+        theirs.train(1, 64)
+        agent.learn()
+    pairs = [(agent.actor, theirs.actor.mu), (agent.target_actor, theirs.actor_target.mu)]
+    pairs += list(zip(agent.critics.nets, theirs.critic.q_networks, strict=True))
+    pairs += list(zip(agent.target_critics.nets, theirs.critic_target.q_networks, strict=True))
+    for ours, other in pairs:
+        for mine, their in zip(ours.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.detach(), their.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_many_runs_in_one_are_the_single_runs():
     """Stacked networks, same rows, same noise: one update with actor and one without, against the agents' own."""
     from fox_rl.experiments.many_td3 import ManyTD3

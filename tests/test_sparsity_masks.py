@@ -1,8 +1,11 @@
 """The mask engine: exact zeros after every step of every optimizer, and nothing about the model changes."""
 
 import copy
+import importlib.util
 import io
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,3 +394,12 @@ def test_a_model_without_anything_to_prune_is_refused():
         MaskedPruner(nn.LayerNorm(4), SparsityConfig(final_sparsity=0.5), total_steps=10)
     with pytest.raises(ValueError, match="total_steps must be at least 1; got 0"):
         MaskedPruner(make(), SparsityConfig(final_sparsity=0.5), total_steps=0)
+
+
+@pytest.mark.skipif(not os.environ.get("FOX_LEARNING"), reason="needs a quiet machine: FOX_LEARNING=1")
+def test_masks_cost_less_than_a_twentieth_of_a_step_at_ten_million_parameters():
+    path = Path(__file__).resolve().parent.parent / "rl_extensions" / "examples" / "masking_cost.py"
+    spec = importlib.util.spec_from_file_location("masking_cost", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.measure() < 0.05

@@ -62,9 +62,9 @@ def work(job: Job, queue: Any) -> None:
 
 
 def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) -> int:
-    """Run jobs in processes of their own, the longest first; returns how many were finished."""
+    """Run jobs in processes of their own, the longest first, equal ones as planned; returns how many were finished."""
     context = multiprocessing.get_context("spawn")
-    queue, waiting = context.Queue(), sorted(jobs, key=lambda job: job.cost)
+    queue, waiting = context.Queue(), sorted(jobs, key=lambda job: -job.cost)
     running: dict[tuple[str, str], Any] = {}
     deadline = None if seconds is None else time.monotonic() + seconds
     finished = 0
@@ -72,7 +72,7 @@ def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) ->
         writer = csv.writer(file)
         while waiting or running:
             while waiting and len(running) < workers:
-                job = waiting.pop()
+                job = waiting.pop(0)
                 process = context.Process(target=work, args=(job, queue), daemon=True)
                 process.start()
                 running[(job.experiment, job.name)] = process
