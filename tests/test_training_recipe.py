@@ -111,7 +111,7 @@ def test_negative_numbers_and_lists_can_be_overridden():
         ("schedule.steps=true", "schedule.steps must be an integer; got True"),
         ("schedule.steps=0", "schedule.steps must be at least 1; got 0"),
         ("run.compile=1", "run.compile must be true or false; got 1"),
-        ("optimizer.name=sgd", "optimizer.name must be one of adamw, muon; got 'sgd'"),
+        ("optimizer.name=sgd", "optimizer.name must be one of adamw, muon, kron; got 'sgd'"),
         ("optimizer=3", "optimizer must be a section"),
         ("run.output_dir=", "run.output_dir"),
         ("data.source=hub", "data.path must name the data"),
@@ -219,3 +219,12 @@ def test_summary_shows_the_differences_only():
 
 def test_overrides_keep_an_equals_sign_in_the_value():
     assert parse_overrides(["--data.path=a=b"]) == [("data.path", "a=b")]
+
+
+def test_a_batch_in_tokens_is_as_many_rows_at_any_length(tmp_path):
+    recipe = load_recipe(None, ["data.batch_tokens=524288", "data.sequence_length=16384"])
+    assert recipe.data.batch_size == 32
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml", ["data.sequence_length=4096"]).data.batch_size == 128
+    with pytest.raises(RecipeError, match=r"data.sequence_length 16384; got 500000\. Take 31 x 16384 = 507904"):
+        load_recipe(None, ["data.batch_tokens=500000", "data.sequence_length=16384"])

@@ -49,6 +49,7 @@ _RANGES = (
     ("data.validation_fraction", 0, 1, True),
     ("data.validation_documents", 0, None, True),
     ("data.batch_size", 1, None, True),
+    ("data.batch_tokens", 1, None, True),
     ("data.micro_batch_size", 1, None, True),
     ("optimizer.learning_rate", 0, None, False),
     ("optimizer.muon_learning_rate", 0, None, False),
@@ -80,6 +81,7 @@ _RANGES = (
 
 # Fields that a resumed run may change freely: they move the work to another place, not to another result.
 _FREE_ON_RESUME = {
+    "data.batch_tokens",  # data.batch_size is what it says
     "data.cache_dir",
     "data.micro_batch_size",
     "data.verify_shards",
@@ -110,8 +112,24 @@ def load_recipe(path: str | os.PathLike | None, overrides: list[str] | tuple[str
 def recipe_from_dict(tree: dict[str, Any]) -> Recipe:
     """Build a checked `Recipe` from nested dicts, as YAML gives them."""
     recipe = _build(Recipe, tree, "")
+    _count_rows(recipe.data)
     _validate(recipe)
     return recipe
+
+
+def _count_rows(data: DataRecipe) -> None:
+    """`batch_tokens` in rows; it wins over a `batch_size` beside it, which a saved recipe has too."""
+    if data.batch_tokens is None or data.sequence_length < 1:
+        return
+    rows, rest = divmod(data.batch_tokens, data.sequence_length)
+    if rows < 1 or rest:
+        nearest_rows = max(1, round(data.batch_tokens / data.sequence_length))
+        raise RecipeError(
+            f"data.batch_tokens must be a multiple of data.sequence_length {data.sequence_length}; got "
+            f"{data.batch_tokens}. Take {nearest_rows} x {data.sequence_length} = "
+            f"{nearest_rows * data.sequence_length}."
+        )
+    data.batch_size = rows
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -150,6 +150,8 @@ class DataRecipe:
     """Cut the rows at another offset in every epoch, so that a repeated text is not always cut at the same place."""
     batch_size: int = 32
     """Rows in one optimizer step, over all processes and accumulation steps."""
+    batch_tokens: int | None = None
+    """Tokens in one optimizer step: sets `batch_size`, to as many rows as that is at this `sequence_length`."""
     micro_batch_size: int | None = None
     """Rows in one forward pass of one process; null = no accumulation. Changes memory, not the result."""
     workers: int = 0
@@ -162,8 +164,9 @@ class DataRecipe:
 class OptimizerRecipe:
     """optimizer: how the weights move."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon for the matrices inside the blocks with adamw for everything else."""
+    name: Literal["adamw", "muon", "kron"] = "adamw"
+    """adamw, or muon or kron for the matrices inside the blocks with adamw for everything else. kron (pip install
+    pytorch-optimizer) takes a third of `learning_rate` there, and several times as long for a step."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: float = 2e-2
