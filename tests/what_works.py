@@ -38,6 +38,10 @@ ROWS = {
             "modeling_cache",
             ["a_padded_turn_of_a_chat_continues_as_if_it_had_no_padding"],
         ),
+        "offloaded to the CPU, dynamic and static": (
+            "modeling_gpu",
+            ["a_cache_offloaded_to_the_cpu_generates_the_same"],
+        ),
         "refused: quantized cache, continuous batching": (
             "modeling_generation",
             ["caches_without_a_place_for_gates_are_refused_with_those_that_have_one"],
@@ -99,7 +103,20 @@ ROWS = {
             "modeling_peft",
             ["every_projection_gets_an_adapter_and_learns", "transformers_itself_loads_the_adapter"],
         ),
+        "FSDP2, tensor parallelism, context parallelism: the run of one process": (
+            "training_parallel",
+            ["two_processes_train_as_one_does"],
+        ),
+        "context parallelism, Ulysses and ring: packed rows, pruned": (
+            "modeling_context_parallel",
+            ["loss_and_every_gradient_are_those_of_one_process", "pruning_is_that_of_one_process"],
+        ),
         "LoRA on 4 bits": ("tasks_quantized", ["adapters_on_four_bits_learn"]),
+        "`torch.compile`, one graph": ("modeling_backends", ["training_step_compiles_to_one_graph"]),
+        "the same on a GPU, forward and backward": (
+            "modeling_gpu",
+            ["compiled_training_has_the_gradients_of_uncompiled"],
+        ),
         "gradient checkpointing": ("modeling_backends", ["gradient_checkpointing_changes_nothing"]),
         "refused: prefix tuning": ("modeling_peft", ["prefix_tuning_is_refused"]),
     },
@@ -145,6 +162,10 @@ ROWS = {
         "without: no remote code is ever run": (
             "modeling_hub",
             ["without_the_code_nothing_points_to_any", "with_the_package_code_in_the_folder_is_never_run"],
+        ),
+        "`push_to_hub`: config, weights, card, code if asked, and back": (
+            "modeling_hub",
+            ["pushed_to_a_hub_it_loads_from_there_and_its_code_only_where_it_is_needed"],
         ),
         "the operator from a kernel of the Hub, without this package": (
             "modeling_hub",
