@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training_train import curve, lines, write_recipe
+from test_training_train import curve, lines, run_tiny, write_recipe
 
 from fox_training import checkpoint as ckpt
 from fox_training.batches import Batches, plan_batches
@@ -127,3 +127,12 @@ def test_a_process_that_is_gone_is_one_line_and_other_errors_stay(tmp_path):
             raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="shapes do not match"), one_error_for_a_lost_process(run):
         raise RuntimeError("shapes do not match")
+
+
+def test_a_run_with_kron_goes_on_bit_for_bit(tmp_path):
+    options = ("optimizer.name=kron", "tracking.heads=false")
+    whole = run_tiny(tmp_path, "schedule.steps=8", *options, out="whole")
+    run_tiny(tmp_path, "schedule.steps=5", *options, out="parts")
+    parts = run_tiny(tmp_path, "schedule.steps=8", *options, out="parts")
+    assert curve(whole) == curve(parts)
+    assert curve(whole)[8] != curve(run_tiny(tmp_path, "schedule.steps=8", out="adamw"))[8]

@@ -25,8 +25,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -234,10 +235,19 @@ def save_tokenizer_and_model(
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """State of every weight as safetensors; hyper-parameters come from the recipe, not from here."""
-    state = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{name}": _tensor(value) for index, slot in state.items() for name, value in slot.items()}
-    save_file(tensors, str(path))
+    """State of every weight as safetensors; hyper-parameters come from the recipe, not from here.
+
+    Numbers stay tensors. What is nested (Kron keeps lists of factors) and what is text stand in the file's metadata,
+    with the counters that some optimizers keep in their groups.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    held = optimizer.state_dict()
+    shape = {
+        str(index): {name: _take_out(value, f"{index}.{name}", tensors) for name, value in slot.items()}
+        for index, slot in held["state"].items()
+    }
+    counters = [{name: group[name] for name in _COUNTERS if name in group} for group in held["param_groups"]]
+    save_file(tensors, str(path), {"state": json.dumps(shape), "counters": json.dumps(counters)})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -247,16 +257,45 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
         CheckpointError: If the file cannot be read or is of other weights.
     """
     try:
-        tensors = load_file(str(path))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata() or {}
         whole = optimizer.state_dict()
-        whole["state"] = state
+        if "state" in about:
+            shape = json.loads(about["state"])
+            whole["state"] = {int(i): {n: _put_back(v, tensors) for n, v in slot.items()} for i, slot in shape.items()}
+            for group, counters in zip(whole["param_groups"], json.loads(about["counters"]), strict=True):
+                group.update(counters)
+        else:  # written by `save_tensors`, or before there was a shape
+            whole["state"] = {}
+            for key, value in tensors.items():
+                index, _, name = key.partition(".")
+                whole["state"].setdefault(int(index), {})[name] = value
         optimizer.load_state_dict(whole)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} does not fit the optimizer: {error}") from error
+
+
+_COUNTERS = ("step", "update_counter")
+
+
+def _take_out(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors of a nested value to `tensors`; returns what JSON can hold, with their names in their place."""
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_take_out(item, f"{name}.{number}", tensors) for number, item in enumerate(value)]}
+    if value is None or isinstance(value, str):
+        return {"value": value}
+    tensors[name] = _tensor(value)
+    return {"tensor": name}
+
+
+def _put_back(shape: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    ((kind, content),) = shape.items()
+    if kind in ("list", "tuple"):
+        items = [_put_back(item, tensors) for item in content]
+        return items if kind == "list" else tuple(items)
+    return tensors[content] if kind == "tensor" else content
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -278,7 +317,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def save_random_state(folder: Path, rank: int, device: torch.device) -> None:
     """Random state of this process. The order of the data has none: it is a function of the seed."""
-    tensors = {"cpu": torch.get_rng_state()}
+    # NumPy's global state too: pytorch_optimizer's Kron draws from it.
+    _, keys, place, *_ = np.random.get_state()
+    tensors = {"cpu": torch.get_rng_state(), "numpy": torch.tensor([*keys.tolist(), place])}
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
     save_file(tensors, str(folder / f"rng_{rank:05d}.safetensors"))
@@ -291,6 +332,9 @@ def load_random_state(folder: Path, rank: int, device: torch.device) -> bool:
         return False
     tensors = load_file(str(path))
     torch.set_rng_state(tensors["cpu"])
+    if "numpy" in tensors:
+        *keys, place = tensors["numpy"].tolist()
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, 0, 0.0))
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
     return True

@@ -35,38 +35,43 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter, num_heads: int) -> bool
 
 
 def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the hidden matrices and AdamW over the rest.
+    """AdamW over everything, or Muon or Kron over the hidden matrices and AdamW over the rest.
 
     Every group carries `peak_lr`, from which `set_learning_rate` computes `lr`.
 
     Raises:
-        RecipeError: If Muon is asked for and this PyTorch has none.
+        RecipeError: If Muon is asked for and this PyTorch has none, or Kron and its package is missing.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizers = []
-    if recipe.name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise RecipeError(
-                f"optimizer.name muon needs PyTorch 2.9 or newer; this is {torch.__version__}. Use adamw."
-            )
+    if recipe.name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise RecipeError(f"optimizer.name muon needs PyTorch 2.9 or newer; this is {torch.__version__}. Use adamw.")
+    if recipe.name in ("muon", "kron"):
         num_heads = getattr(model.config, "num_attention_heads", 1)
         hidden = [(n, p) for n, p in named if is_hidden_matrix(n, p, num_heads)]
         taken = {id(p) for _, p in hidden}
         named = [(n, p) for n, p in named if id(p) not in taken]
         if hidden:
-            optimizers.append(
-                torch.optim.Muon(
-                    [p for _, p in hidden],
-                    lr=recipe.muon_learning_rate,
-                    momentum=recipe.muon_momentum,
-                    weight_decay=recipe.weight_decay,
-                )
-            )
+            optimizers.append(_of_matrices([p for _, p in hidden], recipe))
     optimizers.append(_adamw(named, recipe))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _of_matrices(matrices: list[nn.Parameter], recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    if recipe.name == "muon":
+        return torch.optim.Muon(
+            matrices, lr=recipe.muon_learning_rate, momentum=recipe.muon_momentum, weight_decay=recipe.weight_decay
+        )
+    try:
+        # One backend everywhere: a checkpoint of a GPU goes on on a CPU.
+        return build_optimizer(
+            "kron", matrices, recipe.learning_rate, weight_decay=recipe.weight_decay, backend="pytorch_optimizer"
+        )
+    except ImportError as error:
+        raise RecipeError(f"optimizer.name kron: {error}") from error
 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], recipe: OptimizerRecipe) -> torch.optim.AdamW:

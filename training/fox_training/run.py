@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -191,6 +192,8 @@ def set_up(
         raise RecipeError(
             f"run.loss must be full with tensor parallelism, which cuts the output layer; got {recipe.run.loss}."
         )
+    if recipe.optimizer.name == "kron" and parallel.is_collective:
+        raise RecipeError("optimizer.name kron needs whole matrices; got weights that are spread. Use DDP, or muon.")
     use_loss(model, recipe.run.loss)
     forward = parallel.prepare(
         model, accelerator, compile=recipe.run.compile, checkpointing=recipe.run.activation_checkpointing
@@ -218,6 +221,7 @@ def set_up(
     run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     # Each process its own random numbers from here on; the weights above are the same on all.
     torch.manual_seed(recipe.run.seed + 1 + parallel.random_rank)
+    np.random.seed((recipe.run.seed + 1 + parallel.random_rank) % 2**32)
     accelerator.print(describe_run(run, description))
     return run, rows
 
