@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import running_hub
 from safetensors.torch import load_file
 from test_modeling_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
-from transformers.utils import hub
 
 from helpers import random_tokens, tiny_fox
 from modeling_fox import FoxForCausalLM
@@ -27,6 +27,7 @@ CODE = {
         "cache",
         "configuration",
         "conversion",
+        "eviction",
         "hub",
         "masks",
         "modeling",
@@ -199,30 +200,56 @@ def test_code_is_added_to_folders_of_fox_only(tmp_path):
         convert(str(tmp_path / "later"), tmp_path / "new", to="fla", with_code=True)
 
 
-@pytest.mark.parametrize("with_code", [False, True])
-def test_push_to_hub_uploads_config_weights_card_and_code_if_asked(with_code, monkeypatch):
-    uploaded = {}
+PUSHING = """
+import sys
+from transformers import AutoModelForCausalLM
+from modeling_fox import FoxForCausalLM
 
-    class Card:
-        def save(self, file):
-            with open(file, "w", encoding="utf-8") as card:
-                card.write("a card\n")
+model = FoxForCausalLM.from_pretrained(sys.argv[1])
+model.push_to_hub("user/plain")
+model.push_to_hub("user/coded", with_code=True)
+for name in ("user/plain", "user/coded"):
+    again = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    assert type(again) is FoxForCausalLM and again.lm_head.weight.equal(model.lm_head.weight)
+"""
+PULLING = """
+import sys
+sys.modules["modeling_fox"] = sys.modules["fox_kernels"] = None
+import torch
+from transformers import AutoModelForCausalLM
 
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Address", (), {"repo_id": repo_id})
+given, answer = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained("user/coded", trust_remote_code=True, attn_implementation="eager")
+with torch.no_grad():
+    torch.save(model(torch.load(given), use_cache=False).logits, answer)
+"""
 
-    def upload(folder, repo_id, **kwargs):
-        uploaded[repo_id] = set(os.listdir(folder))
 
-    model = tiny_fox()
-    monkeypatch.setattr(hub, "create_repo", Api().create_repo, raising=False)
-    monkeypatch.setattr(hub, "hf_api", Api, raising=False)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Card())
-    monkeypatch.setattr(model, "_upload_modified_files", upload)
-    model.push_to_hub("user/fox", with_code=with_code)
-    plain = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-    assert uploaded == {"user/fox": plain | CODE if with_code else plain}
+def test_pushed_to_a_hub_it_loads_from_there_and_its_code_only_where_it_is_needed(tmp_path):
+    model, tokens = tiny_fox(attn_implementation="eager"), random_tokens(2, 12)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(tokens, tmp_path / "tokens.pt")
+    with running_hub() as (hub, address):
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_of_nobody", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "home")}
+
+        def run(script, *names, path=""):
+            command = [sys.executable, "-c", script, *(str(tmp_path / name) for name in names)]
+            options = {"env": environment | {"PYTHONPATH": path}, "cwd": tmp_path}
+            done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+        run(PUSHING, "model", path=os.pathsep.join([str(ROOT), str(ROOT / "kernels")]))
+        plain = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+        assert {name: set(files) for name, files in hub.repositories.items()} == {
+            "user/plain": plain, "user/coded": plain | CODE
+        }  # fmt: skip
+        # Where this package is imported not even a look is taken at the code there.
+        assert any("user/coded/resolve/" in x for x in hub.requests) and not any("_fox.py" in x for x in hub.requests)
+        run(PULLING, "tokens.pt", "answer.pt")
+        assert {x.rpartition("/")[2] for x in hub.requests if x.startswith("GET") and "_fox.py" in x} == CODE
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "answer.pt"), model(tokens, use_cache=False).logits)
 
 
 class Trap:
