@@ -66,7 +66,10 @@ def test_every_other_kernel_compiles_without_a_stack():
     for name in set(recorders) - set(ATTENTION) - {name for name, _ in HOPPER}:
         assert recorders[name].call is not None, f"{name} is launched by nothing that compile_ahead.py calls"
         used = resources(compile_launch(recorders[name], "sm_90"))
-        assert used["stack_bytes"] == 0 and used["shared_bytes"] <= SHARED_MEMORY["sm_90"], (name, used)
+        # Four programs on a multiprocessor are worth a few registers that the tight rule spills before its loops.
+        may_spill = name == "tight_rule_kernel" and sum(used["spills_in_loops"]) == 0 and used["stack_bytes"] <= 32
+        assert used["stack_bytes"] == 0 or may_spill, (name, used)
+        assert used["shared_bytes"] <= SHARED_MEMORY["sm_90"], (name, used)
 
 
 def test_every_kernel_compiles_for_amd():

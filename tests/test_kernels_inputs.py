@@ -28,6 +28,7 @@ def needs_gib(count):
 
 def assert_same_numbers(got, expected, name):
     """But for sums in another order: a wrong address gives something else altogether."""
+    got, expected = got.detach(), expected.detach()
     error, largest = float((got - expected).abs().max()), float(expected.abs().max())
     assert error <= 0.01 * largest, f"{name}: off by {error} of {largest}"
 

@@ -234,6 +234,8 @@ def random_cases(kind, cases, generator, *, dtype, kv_heads=8, queries=80, keys=
         far = torch.where(torch.arange(keys, device=device)[:, None] < keys - queries - 70, 1.0, -1.0)
         k = 0.2 * k + (far if kind == "opposed" else 1.0) * direction * norm
         q = 0.2 * q + (direction * norm).repeat_interleave(8 // kv_heads, 1)
+    if kind == "edge":  # keys next to each other are alike: means and largest scores of few keys lose nothing
+        k = k[:, :, :1] + 0.05 * k
     q, k = q.to(dtype), k.to(dtype)
     rate = log_uniform(-2.5, 1.0, batch, 8, 1, generator=generator)
     log_fgate = -rate * torch.empty(batch, 8, keys, device=device).exponential_(generator=generator)
@@ -246,19 +248,19 @@ def random_cases(kind, cases, generator, *, dtype, kv_heads=8, queries=80, keys=
 
 
 def move_to_the_edge(q, k, log_fgate, first_visible, scale, log_tolerance, generator):
-    """Set one gate so that the keys before it weigh eps times 1 +- 0.01 in the row where they weigh most."""
+    """Set one gate so that the keys before it weigh 0.7 to 1.02 times eps in the row where they weigh most."""
     keys, queries = k.shape[2], q.shape[2]
     first_row = (queries - 1) // PRUNING_BLOCK_T * PRUNING_BLOCK_T  # of the last block of queries
     last = (keys - queries + first_row) // PRUNING_BLOCK_S
     jump = torch.randint(2, last + 1, log_fgate.shape[:2], generator=generator, device=q.device) * PRUNING_BLOCK_S
-    log_fgate = log_fgate.scatter(-1, jump[..., None], 0.0).clamp_(min=-0.02)
+    log_fgate = log_fgate.scatter(-1, jump[..., None], 0.0).clamp_(min=-1e-3)
     logits = dense_logits(q, k, log_fgate, first_visible, scale)
     before = (torch.arange(keys, device=q.device) < jump[..., None])[:, :, None]
     far = logits.masked_fill(~before, -math.inf).logsumexp(-1)
     near = logits.masked_fill_(before, -math.inf).logsumexp(-1)
     odds = (far - near).nan_to_num_(nan=-math.inf)[:, :, first_row:].amax(-1)
-    noise = 0.01 * torch.randn(odds.shape, generator=generator, device=q.device)
-    gate = (log_tolerance - odds + noise).clamp_(max=0.0).nan_to_num_(posinf=0.0, neginf=0.0)
+    share = 0.7 + 0.32 * torch.rand(odds.shape, generator=generator, device=q.device)
+    gate = (log_tolerance - odds + share.log()).clamp_(max=0.0).nan_to_num_(posinf=0.0, neginf=0.0)
     return log_fgate.scatter(-1, jump[..., None], gate[..., None].float())
 
 
@@ -299,7 +301,7 @@ def test_tight_rule_loses_no_more_than_the_tolerance(kind, variant):
     generator = torch.Generator().manual_seed(sum(map(ord, kind + variant)))
     loss, pruned = worst_loss(kind, 496, generator, **VARIANTS[variant])
     print(f"{kind} {variant}: worst loss {loss:.3f} eps, pruned {pruned:.3f}")
-    assert pruned > 0.01, "nothing was pruned: the test would pass on a rule that does nothing"
+    assert pruned > (0.003 if kind == "edge" else 0.01), "the test would pass on a rule that does nothing"
     # At the edge the rule spends nearly all of eps: one that allowed 1.5 eps would fail here.
     assert (0.7 if kind == "edge" else 0.0) < loss <= 1.0
 
@@ -329,8 +331,10 @@ def test_spread_and_mean_of_a_group_of_keys_hold_in_float64(kind, dtype):
     if kind == "orthogonal":
         # Every channel has as many keys as any other: each eigenvalue is 1/32 of all.
         assert summaries.spread[0, :, 0].max() < 1 / 32 + 2 * pruning.SPREAD_ERROR[dtype]
-    error = (summaries.center.double() * summaries.norm[..., None].double() - groups.mean(dim=3)).norm(dim=-1)
-    allowed = (pruning.CENTER_ERROR[dtype] - pruning.DOT_ERROR[dtype]) * summaries.norm.double()
+    windows = groups.unflatten(3, (-1, 16)).mean(dim=4)
+    means = torch.cat((windows, groups.mean(dim=3, keepdim=True)), dim=3)
+    error = (summaries.center.double() * summaries.norm[..., None, None].double() - means).norm(dim=-1)
+    allowed = ((pruning.CENTER_ERROR[dtype] - pruning.DOT_ERROR[dtype]) * summaries.norm.double())[..., None]
     used = summaries.norm > pruning.LEAST_NORM
     assert used.any() and (error <= allowed)[used].all()
 
@@ -341,7 +345,7 @@ def test_tight_rule_in_long_sequences(kind):
     generator = torch.Generator().manual_seed(sum(map(ord, kind)))
     shape = dict(dtype=torch.bfloat16, queries=300, keys=1500, dim=32, kv_heads=4)
     loss, pruned = worst_loss(kind, 24, generator, scale=0.2, measured=True, **shape)
-    assert pruned > 0.01
+    assert pruned > (0.003 if kind == "edge" else 0.01)
     assert (0.7 if kind == "edge" else 0.0) < loss <= 1.0
 
 
@@ -372,5 +376,5 @@ def test_tight_rule_loses_no_more_than_the_tolerance_in_a_million_heads(kind, va
         loss = max(loss, result[0])
         pruned.append(result[1])
     print(f"{kind} {variant}: worst loss {loss:.3f} eps, pruned {sum(pruned) / len(pruned):.3f}")
-    assert min(pruned) > 0.01
+    assert min(pruned) > (0.003 if kind == "edge" else 0.01)
     assert (0.7 if kind == "edge" else 0.0) < loss <= 1.0

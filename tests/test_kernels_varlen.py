@@ -101,9 +101,10 @@ def test_the_triton_kernels_see_only_their_own_sequence(device, poisoned_memory)
 def test_a_sequence_feels_nothing_of_the_others(device):
     """With a loss a million times larger, or infinite beyond the next one, the gates of the rest keep their digits.
 
-    What is infinite reaches those that share a tile with it: 0 times infinity is no number.
+    What is infinite reaches those that share a tile with it: 0 times infinity is no number. The third sequence ends
+    with a tile, so that it shares none with the fourth, which does with the fifth.
     """
-    lengths = [200, 250, 1000, 300, 150, 300]
+    lengths = [200, 250, 958, 300, 150, 300]
     inputs, boundaries = packed_inputs(lengths, device=device)
     grad_out = torch.randn(inputs[0].shape, device=device)
     parts = grad_out.split(lengths)
@@ -156,6 +157,7 @@ def test_pruning_packed_sequences_keeps_its_promise(window, rule, device, poison
     assert float((got - exact).abs().max()) <= 2 * math.exp(log_tolerance) * float(v.abs().max()) + 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Memory Efficient attention defaults")  # PyTorch's own backward pass
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("window", [1, 2, 64, 100, 129, 1000])
 def test_a_window_is_pytorchs_band_mask(window, device, poisoned_memory):

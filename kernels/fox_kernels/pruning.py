@@ -31,7 +31,6 @@ TIGHT_SLACK = 2.0**-5
 DOT_ERROR = {torch.float32: 2.0**-8, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-12}
 CENTER_ERROR = {torch.float32: 2.0**-7, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-8}
 SPREAD_ERROR = {torch.float32: 2.0**-5, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-11}
-ROW_ERROR = 2.0**-22
 SPREAD_DIM = 128  # wider heads do without
 LEAST_NORM = 2.0**-50  # smaller norms count as this: their squares underflow
 
@@ -39,7 +38,11 @@ LEAST_NORM = 2.0**-50  # smaller norms count as this: their squares underflow
 # below it float32 weights would underflow while they still count.
 MIN_GAIN = 2
 LEAST_LOG_TOLERANCE = -60.0
-CENTERS = 64  # groups of keys before the nearest ones whose mean counts towards a row's sum of weights
+# A row's sum of weights counts keys by their means: 16 groups of `WINDOW` keys before the block's first row, and 48 of
+# `GATE_BLOCK` before those.
+WINDOW = 16
+NEAR_CENTERS = 16
+FAR_CENTERS = 48
 _BLOCKS_AT_ONCE = 4  # of keys: fewer Python steps, and up to 3 blocks tested for nothing
 _MAX_SCORES = 1 << 21  # in memory at a time
 
@@ -135,7 +138,8 @@ class _KeySummaries:
         largest: `(B, H_kv, M)` float32, largest norm up to the last key that a block of queries sees.
         spread: `(B, H_kv, groups)` float32, at most 1: for every q the squares of `q . k` sum up to at most
             `GATE_BLOCK * spread * ||q||^2 * norm^2`.
-        center: `(B, H_kv, groups, D)` of the type of k: their mean, divided by `norm`.
+        center: `(B, H_kv, groups, 9, D)` of the type of k: the mean of every `WINDOW` keys and that of all, divided by
+            `norm`.
     """
 
     def __init__(self, k: torch.Tensor, key_start: torch.Tensor | None, blocks: _QueryBlocks):
@@ -149,7 +153,9 @@ class _KeySummaries:
         self.largest = self.norm.cummax(dim=-1).values[..., last // GATE_BLOCK]
         square = self.norm * self.norm
         usable = (self.norm > LEAST_NORM) & square.isfinite()
-        self.center = (groups.mean(dim=3) / self.norm[..., None]).where(usable[..., None], 0.0).to(k.dtype)
+        means = groups.unflatten(3, (-1, WINDOW)).mean(dim=4)
+        means = torch.cat((means, means.mean(dim=3, keepdim=True)), dim=3) / self.norm[..., None, None]
+        self.center = means.where(usable[..., None, None], 0.0).to(k.dtype)
         self.spread = torch.ones_like(self.norm)
         if dim <= SPREAD_DIM:
             # Gershgorin: no eigenvalue of sum k k^T is larger than a sum of absolute values in a row of it.
@@ -234,55 +240,47 @@ def _log_sum(exponent: torch.Tensor) -> torch.Tensor:
     return exponent.sub(largest).exp2_().sum(dim=-1).log2_() + largest[..., 0]
 
 
-def _least_log_sum(rows, q_norm, k, head, blocks, summaries, index, position, cut, first_visible, lam, scale_bits):
-    """At most the log of the sum of each row's weights, `(A, R)` bits."""
+def _least_log_sum(rows, q_norm, head, blocks, summaries, index, cut, scale_bits, center_error):
+    """At most the log of the sum of each row's weights less its decay since the block's first query, `(A, R)` bits.
+
+    Every group of keys counts as if all of them were their mean (Jensen) and had decayed since the key before it.
+    """
     b, h, m = index.unbind(1)
-    # The keys of the rows themselves and the block before them.
-    end = blocks.first[m, None] // PRUNING_BLOCK_S
-    before = (end - 1) * PRUNING_BLOCK_S + torch.arange(PRUNING_BLOCK_S, device=k.device)
-    near = torch.cat((before, position), dim=1)
-    keys = _keys(k, head, index, near, first_visible)
-    scores = rows @ keys.transpose(1, 2) * scale_bits
-    lam_near = blocks.running[b[:, None], h[:, None], near.clamp(0, blocks.num_keys - 1)]
-    scores += (lam[..., None] - lam_near[:, None]).float()
-    hidden = (near[:, None] > position[..., None]) | (near < cut[:, None])[:, None]
-    scores.masked_fill_(hidden, float("-inf"))
-
-    # Groups before them: as if all keys were their mean (Jensen) and decayed as the first of them.
-    group = (end - 1) // (GATE_BLOCK // PRUNING_BLOCK_S) - CENTERS + torch.arange(CENTERS, device=k.device)
-    at = (b[:, None], head[:, None], group.clamp(min=0))
-    means = rows @ summaries.center[at].float().transpose(1, 2) * (summaries.norm[at] * scale_bits)[:, None]
-    error = abs(scale_bits) * q_norm * summaries.largest[b, head, m][:, None]
-    means -= (CENTER_ERROR[k.dtype] * error)[..., None]
-    lam_group = blocks.at_group_start[b[:, None], h[:, None], group.clamp(min=0)]
-    means += math.log2(GATE_BLOCK) + (lam[..., None] - lam_group[:, None]).float()
+    end = blocks.first[m, None] // WINDOW
+    near = end - NEAR_CENTERS + torch.arange(NEAR_CENTERS, device=rows.device)  # (A, near), in windows
+    windows = GATE_BLOCK // WINDOW
+    far = ((end - NEAR_CENTERS) // windows - FAR_CENTERS + torch.arange(FAR_CENTERS, device=rows.device)) * windows
+    start = torch.cat((near, far), dim=1)
+    size = torch.cat((torch.full_like(near, WINDOW), torch.full_like(far, GATE_BLOCK)), dim=1)
+    part = torch.cat((near % windows, torch.full_like(far, windows)), dim=1)
+    at = (b[:, None], head[:, None], (start // windows).clamp_(min=0))
+    norm = summaries.norm[at]
+    means = rows @ summaries.center[(*at, part)].float().transpose(1, 2) * (norm * scale_bits)[:, None]
+    before = blocks.running[b[:, None], h[:, None], (start * WINDOW - 1).clamp_(min=0)].where(start > 0, 0.0)
+    decay = torch.log2(size) + (blocks.at_first[b, h, m, None] - before).float()
     # Keys too small for their squares have no mean here.
-    hidden = (group < 0) | (group * GATE_BLOCK < cut[:, None]) | (summaries.norm[at] <= LEAST_NORM)
-    means.masked_fill_(hidden[:, None], float("-inf"))
-    # What the products can be off, and float32 decays since the block's first query.
-    error = DOT_ERROR[k.dtype] * error
-    error += ROW_ERROR * (lam - blocks.at_first[b, h, m, None]).abs().amax(dim=-1, keepdim=True).float()
-    return _log_sum(torch.cat((scores, means), dim=-1)) - error
+    hidden = (start * WINDOW < cut[:, None]) | (start < 0) | (norm <= LEAST_NORM)
+    means += decay.masked_fill_(hidden, float("-inf"))[:, None]
+    return _log_sum(means) - center_error * abs(scale_bits) * q_norm * summaries.largest[b, head, m][:, None]
 
 
-def _far_groups(summaries, blocks, head, index, to_row, norm_bound, bound, end, log_eps):
+def _far_groups(summaries, blocks, head, index, to_row, norm_bound, row_bits, bound, end, log_eps):
     """Groups of keys that hold at most half of eps together, from norms alone, and the share of it that they hold.
 
     Args:
         to_row: `(A, R)` bits, what a score and the decay up to the block's first query are added to.
         norm_bound: `(A, R)` nats, at least every `|scale| ||q_i|| ||k||`.
+        row_bits: `(A, R)` bits, at least every `|scale q_i . k|`.
         bound: `(A,)` nats, at least every `|scale q_i . k|`, or None.
         end: `(A,)` groups that may be dropped.
     """
     b, h, m = index.unbind(1)
-    row_bound = norm_bound if bound is None else torch.minimum(norm_bound, bound[:, None])
     largest = lambda x: torch.where(x.isnan(), math.inf, x).amax(dim=-1, keepdim=True)  # noqa: E731
-    row_bits = row_bound * ((1.0 + PAPER_SLACK) * LOG2_E)
     reach = largest(to_row + row_bits)
-    # exp(s) <= 1 + s + (exp(u) - 1 - u) (s / u)^2 for s <= u, summed over a group.
-    square = row_bits + 2.0 * torch.log2(norm_bound / row_bound).nan_to_num(nan=0.0).clamp_(min=0.0)
-    square = torch.exp2(largest(to_row + square) - reach)
-    linear = torch.exp2(largest(to_row + torch.log2(1.0 + norm_bound)) - reach)
+    # exp(s) <= 1 + s + (exp(u) - 1 - u) (s / u)^2 for s <= u, summed over a group; u is the bound, s a norm's at most.
+    largest_norm = largest(norm_bound)
+    square = 1.0 if bound is None else (largest_norm / bound[:, None]).clamp_(min=1.0).square_()
+    linear = (1.0 + largest_norm) * torch.exp2(largest(to_row) - reach)
     group = torch.arange(blocks.at_group_end.shape[-1], device=b.device)
     relative = summaries.norm[b, head] / summaries.largest[b, head, m][:, None]
     spread = summaries.spread[b, head] * (relative * relative).nan_to_num(nan=1.0)
@@ -321,20 +319,21 @@ def _test_blocks(q, k, blocks, summaries, bound, hidden, possible, index, scale,
     q_norm = rows.norm(dim=-1).clamp_(min=LEAST_NORM)
     k_norm = summaries.largest[b, head, m][:, None]
     lam_first = blocks.at_first[b, h, m]  # (A,)
-    lam = blocks.running[b[:, None], h[:, None], t + offset]
 
     # 2. At most so much is the log of the sum of a row's weights, bits.
-    lse = _least_log_sum(
-        rows, q_norm, k, head, blocks, summaries, index, position, cut, row_first[:, 0], lam, scale_bits
-    )
-    # A row weighs a key l by exp2(score + to_row + lam_first - lam_l).
-    to_row = ((lam - lam_first[:, None]).float() - lse).masked_fill_(empty, float("-inf"))
+    log_sum = _least_log_sum(rows, q_norm, head, blocks, summaries, index, cut, scale_bits, CENTER_ERROR[k.dtype])
+    # A row's own key weighs at least exp(-u), and decays by nothing.
+    norm_bound = _norm_factor(scale) * q_norm * k_norm
+    row_bound = norm_bound if bound is None else torch.minimum(norm_bound, bound[:, None])
+    row_bits = row_bound * ((1.0 + PAPER_SLACK) * LOG2_E)
+    log_sum = torch.where(q_norm * k_norm < math.inf, torch.maximum(log_sum, -row_bits), log_sum)
+    # A row weighs a key l by exp2(score + to_row + lam_first - lam_l): its own decay is in both.
+    to_row = -log_sum.masked_fill_(empty, float("inf"))
 
     # 3. Without scores: 128 keys as near as the last of them.
-    norm_bound = _norm_factor(scale) * q_norm * k_norm
     end = blocks.first[m] // PRUNING_BLOCK_S
     count, share = _far_groups(
-        summaries, blocks, head, index, to_row, norm_bound, bound, blocks.first[m] // GATE_BLOCK, log_eps
+        summaries, blocks, head, index, to_row, norm_bound, row_bits, bound, blocks.first[m] // GATE_BLOCK, log_eps
     )
     start = count * (GATE_BLOCK // PRUNING_BLOCK_S)
     spent = torch.where(start > hidden, 0.5 * 2.0**log_eps * share, 0.0)[:, None].repeat(1, PRUNING_BLOCK_T)
@@ -350,12 +349,12 @@ def _test_blocks(q, k, blocks, summaries, bound, hidden, possible, index, scale,
         first = dropped[active]
         at = first[:, None] * PRUNING_BLOCK_S + torch.arange(width * PRUNING_BLOCK_S, device=q.device)
         keys = _keys(k, head[active], index[active], at, row_first[active, 0])
-        decay = (
-            lam_first[active, None]
-            - blocks.running[b[active, None], h[active, None], at.clamp(max=blocks.num_keys - 1)]
-        )
-        weights = torch.baddbmm(decay.float()[:, None], rows[active], keys.transpose(1, 2), alpha=scale_bits)
-        weights = weights.add_(to_row[active, :, None]).exp2_().unflatten(-1, (width, PRUNING_BLOCK_S)).sum(dim=-1)
+        window_end = at[:, WINDOW - 1 :: WINDOW].clamp(max=blocks.num_keys - 1)
+        decay = (lam_first[active, None] - blocks.running[b[active, None], h[active, None], window_end]).float()
+        scores = (rows[active] @ keys.transpose(1, 2)).mul_(scale_bits).unflatten(-1, (-1, 2, 4, 2))
+        # Four keys weigh at most four times the largest of them, as near as the last of the window.
+        scores = scores.amax(dim=(3, 5)) + (decay[:, None] + to_row[active, :, None])[..., None]
+        weights = scores.exp2_().flatten(2).unflatten(-1, (width, -1)).sum(dim=-1).mul_(4.0)
         total = spent[active, :, None] + weights.cumsum(dim=-1)
         passes = (total <= 2.0**log_eps).all(dim=1)
         passes &= first[:, None] + torch.arange(width, device=q.device) < end[active, None]
