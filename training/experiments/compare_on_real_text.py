@@ -2,7 +2,7 @@
 
     python training/experiments/compare_on_real_text.py --out results/python --seconds 420
     python training/experiments/compare_on_real_text.py --out results/sotu --recipe training/recipes/sotu.yaml
-    python training/experiments/compare_on_real_text.py --out /tmp/try --tiny        # the whole path on a CPU
+    python training/experiments/compare_on_real_text.py --out runs/try --tiny         # the whole path on a CPU
 
 1. Tokenises the recipe's data into shards on all cores.
 2. Fits byte n-grams (Witten-Bell) and runs zstd -19 on the same held-out text, in the background.
