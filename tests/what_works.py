@@ -42,6 +42,18 @@ ROWS = {
             "modeling_gpu",
             ["a_cache_offloaded_to_the_cpu_generates_the_same"],
         ),
+        'forgetting for good, `cache_implementation="fox"`: batches, beams, chunks, assisted decoding': (
+            "eviction_cache",
+            ["the_text_is_that_of_the_full_cache", "assisted_decoding_gives_the_greedy_text_and_still_forgets"],
+        ),
+        "its bound on lost attention, its limit in bytes, refusals": (
+            "eviction_cache",
+            [
+                "no_row_of_attention_ever_had_more_on_what_was_dropped",
+                "a_limit_is_kept_and_the_bound_says_so",
+                "changed_weights_are_refused",
+            ],
+        ),
         "refused: quantized cache, continuous batching": (
             "modeling_generation",
             ["caches_without_a_place_for_gates_are_refused_with_those_that_have_one"],
