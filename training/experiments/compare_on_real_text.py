@@ -8,8 +8,8 @@
 2. Fits byte n-grams (Witten-Bell) and runs zstd -19 on the same held-out text, in the background.
 3. Measures the slowest arm for a few steps and gives every run as many steps as fit into --seconds, or --steps.
 4. Trains the arms one after another, all arms of a seed before the next seed: cut off, what is done is comparable.
-5. After every run: summary.json, summary.md and figures; after the first pruned run: trained_gates.safetensors, the
-   workload that `kernels/benchmarks` can load. Each run leaves recipe.yaml, metrics.jsonl and heads.jsonl.
+5. After every run: summary.json, summary.md and figures; after the first pruned run: trained_gates.safetensors, log
+   gates and QK-norm weights as a workload for kernels. Each run leaves recipe.yaml, metrics.jsonl and heads.jsonl.
 
 The Transformer (Pro) is the same model with every gate open and RoPE, arXiv:2503.02130; only the gates' projections,
 heads x width weights a layer, are missing in it.
