@@ -7,6 +7,7 @@ Letters:  B batch, T new tokens, S cached and new tokens.
 
 import torch
 import torch.nn.functional as F
+from torch import distributed
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     create_causal_mask,
@@ -31,6 +32,24 @@ def find_document_starts(
     if not is_tracing(starts) and not starts.any():
         return None
     return starts
+
+
+def refuse_parts_of_rows(position_ids: torch.Tensor) -> None:
+    """Raise a `ValueError` if this process was handed the later part of rows that another one has the start of.
+
+    Accelerate's `sp_size` (DeepSpeed) hands them out so and then exchanges keys and values by attention functions of
+    its own, which FoX does not call: every process would train on its part alone, without a word.
+    """
+    if is_tracing(position_ids) or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    # Behind padding Transformers counts from 1.
+    if distributed.get_world_size() > 1 and (position_ids[:, 0] > 1).all():
+        raise ValueError(
+            f"`position_ids` must start at 0 where there is no cache; got {int(position_ids[0, 0])} in training on "
+            f"{distributed.get_world_size()} processes. If each has a part of every row, call "
+            "`enable_context_parallel(model)`, or set `cp_size` or `sp_size` for fox_training.train, which does; "
+            "Accelerate's and DeepSpeed's own forms would lose the forget gates of the other parts."
+        )
 
 
 def positions_of_documents(cu_seq_lens: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -146,4 +165,4 @@ LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["forgetting_attention"] = {
     "linear_attention": padding_of_new_tokens,
 }
 
-__all__ = ["make_masks", "positions_of_documents"]
+__all__ = ["make_masks", "positions_of_documents", "refuse_parts_of_rows"]

@@ -48,7 +48,7 @@ from .configuration_fox import FoxConfig
 from .conversion_fox import LoadsOtherCheckpoints
 from .eviction_fox import make_evicting_cache
 from .hub_fox import SavesCode
-from .masks_fox import make_masks, positions_of_documents
+from .masks_fox import make_masks, positions_of_documents, refuse_parts_of_rows
 
 # An instance of its own, so that "sdpa" and "flex_attention" mean ours in this file and Transformers' elsewhere.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
@@ -465,6 +465,8 @@ class FoxModel(FoxPreTrainedModel):
             position_ids = positions_of_documents(kwargs["cu_seq_lens_q"], inputs_embeds)
         context = (self.config, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.context_parallel is None:
+            if self.training and position_ids is not None and past_key_values is None:
+                refuse_parts_of_rows(position_ids)
             masks = make_masks(*context, own)
         else:
             masks, position_ids = self.context_parallel.make_masks(*context)

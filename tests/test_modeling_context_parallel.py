@@ -71,6 +71,14 @@ def test_what_cannot_work_is_refused(found):
     assert "`model` must be a FoX model; got Linear" in messages["model"]
     assert "`attention_mask` must be None" in messages["mask"]
     assert "`use_cache` must be False" in messages["cache"]
+    assert "`position_ids` must start at 0 where there is no cache; got 8" in messages["part"]
+
+
+def test_accelerate_refuses_its_own_form():
+    from accelerate.big_modeling import _attach_context_parallel_hooks
+
+    with pytest.raises(ValueError, match="does not support attention layers of type .'forgetting_attention'"):
+        _attach_context_parallel_hooks(tiny_fox())
 
 
 class OneOfMany(ContextParallel):
