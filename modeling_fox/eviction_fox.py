@@ -55,6 +55,12 @@ def operators():
     return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention"))
 
 
+# What a CUDA graph of a step has the addresses of.
+READ_BY_A_STEP = (
+    "keys", "values", "within", "starts", "totals", "table", "first_key", "lengths", "key_start",
+)  # fmt: skip
+
+
 class CacheReport(NamedTuple):
     """What an evicting cache holds.
 
@@ -384,7 +390,10 @@ class FoxEvictingCache(Cache):
             )
         self.pages.has_begun = bool((first < width).all())
         if first.any():
-            self.pages.set_key_start(first.int())
+            first = first.int()
+            if self.pages.key_start is not None:  # an episode may have begun since
+                first = torch.maximum(first, self.pages.key_start.to(first))
+            self.pages.set_key_start(first)
         return new
 
     def check_weights(self) -> None:
@@ -500,8 +509,8 @@ class GraphedStep:
             self.input_ids = input_ids.clone()
             return self.model(input_ids, past_key_values=self.cache, use_cache=True).logits
         (store,) = self.cache.pages.stores.values()
-        addresses = [x.data_ptr() for x in vars(store).values() if isinstance(x, torch.Tensor)]
-        addresses = [*addresses, len(input_ids), store.key_start is None]
+        tensors = [getattr(store, name) for name in READ_BY_A_STEP]
+        addresses = [None if x is None else x.data_ptr() for x in tensors] + [input_ids.shape]
         if self.graph is None or addresses != self._addresses:
             self.cache.check_weights()
             lengths = list(store.num_keys)

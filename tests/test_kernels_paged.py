@@ -153,7 +153,7 @@ def test_the_bound_is_no_larger_than_it_must_be():
         dropped = decay[0, head, :first].logsumexp(0)
         one_more = decay[0, head, : first + 16].logsumexp(0)
         assert float(dropped) <= tolerance - 2 * bound < float(one_more)
-        assert float(cache.evicted[0, 0, head] + lam[0, head, -1]) == pytest.approx(float(dropped), abs=1e-9)
+        assert float(cache.dropped_mass(0)[0, head]) == pytest.approx(float(dropped), abs=1e-9)
 
 
 def test_twenty_thousand_tokens_in_bounded_memory_with_a_bounded_loss():
@@ -235,7 +235,7 @@ def test_a_limit_drops_the_most_decayed_and_says_what_it_cost():
     lost = float(lost_mass(weights_of(q, k, gates), firsts).max())
     assert math.exp(-10.0) < lost <= math.exp(bound)
     # All heads that gave up something beyond the proof gave up about as much: 16 keys more or less.
-    given = (limited.evicted + limited.totals * math.log(2.0))[0, 0] + 2.0 * limited.logit_bound[0]
+    given = limited.dropped_mass(0)[0] + 2.0 * limited.logit_bound[0]
     assert float(given[given > -10.0].min()) > -10.0 and (given > -10.0).sum() >= 2
     # Enough is no limit.
     enough = new_cache(q, k, 3.0, max_pages=200)

@@ -227,10 +227,14 @@ def part_prompt(fox, options, rows):
     config = fox.config
     longest = int(report.live_keys.max()) + options.chunk
     gathered = 4 * longest * config.head_dim * fox.dtype.itemsize
-    explained = weights + report.memory_bytes + alone + gathered
+    # Or, when the pool grows, its keys a second time.
+    (store,) = cache.pages.stores.values()
+    growing = store.keys.numel() * store.keys.element_size()
+    explained = weights + report.memory_bytes + max(alone + gathered, growing)
     rate = options.prompt / seconds
     print(f"prompt {options.prompt} tokens in chunks of {options.chunk}: {rate:.0f} tokens/s; {report}")
-    known = {"weights": weights, "cache": report.memory_bytes, "a chunk alone": alone, "gathered keys": gathered}
+    known = {"weights": weights, "cache": report.memory_bytes, "a chunk alone": alone}
+    known |= {"and gathered keys": gathered, "or the growing pool": growing}
     text = ", ".join(f"{name} {x / 2**20:.1f}" for name, x in known.items())
     off = f"; off by {explained / peak - 1:+.1%}" if peak else ""
     print(f"prompt peak {peak / 2**20:.1f} MiB; explained {explained / 2**20:.1f} MiB: {text}{off}", flush=True)

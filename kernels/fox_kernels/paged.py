@@ -54,8 +54,8 @@ class Prefixes(NamedTuple):
     """What dropping the live pages of a head up to each of them would cost, of some layers.
 
     Attributes:
-        mass: `(L, B, H_kv, pages, G)` float64 nats, log of the sum of exp(-lam) up to the end of the page and over all
-            that went before.
+        mass: `(L, B, H_kv, pages, G)` float64 nats, log of the sum of exp(lam_now - lam) up to the end of the page and
+            over all that went before.
         excess: `(L, B, H_kv, pages)` float64 nats, how far that is above what eps allows for the worst head of a
             group; -inf for pages that went before, inf for one that is not full.
         is_live: Same shape, bool: pages that can be dropped.
@@ -79,8 +79,9 @@ class PagedKeys:
         first_key: `(L, B, H_kv)` int32, where the live range starts.
         totals: `(L, B, H)` float64 bits, lam of the newest key.
         lengths: `(L,)` int32, S as the kernels read it; `num_keys` is the same for Python.
-        evicted: `(L, B, H)` float64 nats, log of the sum of exp(-lam) over all that was dropped.
-        worst: `(L, B, H)` float64 nats, the largest of `evicted + lam` so far.
+        evicted: `(L, B, H)` float64 nats, log of the sum of exp(lam_at - lam) over all that was dropped.
+        evicted_at: `(L, B, H)` float64 bits, that lam_at. Only differences of lam are taken: they lose nothing.
+        worst: `(L, B, H)` float64 nats, the largest that the log of the sum of exp(lam_now - lam) was at any drop.
         key_start: `(B,)` int32, what lies before is padding or another episode; None if nothing does.
 
     Args:
@@ -136,6 +137,7 @@ class PagedKeys:
         self.lengths = torch.zeros(num_layers, dtype=torch.int32, device=self.device)
         self.totals = torch.zeros(heads, **per_head)
         self.evicted = torch.full(heads, -torch.inf, **per_head)
+        self.evicted_at = torch.zeros(heads, **per_head)
         self.worst = torch.full(heads, -torch.inf, **per_head)
         self.logit_bound = torch.full((num_layers, num_heads), torch.inf, **per_head)
         self.key_start: torch.Tensor | None = None
@@ -190,7 +192,7 @@ class PagedKeys:
         On a GPU it is one kernel; `make_room` must have come before it.
         """
         num_new = k.shape[2]
-        self.lengths[layer] += num_new
+        self.lengths[layer].add_(num_new)
         begin = self.num_keys[layer]
         self.num_keys[layer] = begin + num_new
         if self.device.type == "cuda":
@@ -250,7 +252,8 @@ class PagedKeys:
         within = lam - starts[..., None]
         masses = within.mul(-LN_2).logsumexp(dim=-1)
         if may_evict:
-            self.evict(math.prod(masses.shape[:3]), (layer, first_new, masses - starts * LN_2))
+            decay = (lam[:, :, -1:, :, -1] - starts) * LN_2
+            self.evict(math.prod(masses.shape[:3]), (layer, first_new, masses + decay))
         page = torch.arange(first_new, first_new + new, device=self.device)
         kept = page >= (self.first_key[layer] // size)[..., None]  # (B, H_kv, pages)
         pages = self.take(int(kept.sum()))
@@ -330,7 +333,7 @@ class PagedKeys:
     def take_sequences(self, index: torch.Tensor) -> None:
         """Sequence b becomes the old sequence `index[b]`, `(new B,)` int64. Full pages are shared, not copied."""
         index = index.to(self.device)
-        for name in ("table", "first_key", "totals", "evicted", "worst"):
+        for name in ("table", "first_key", "totals", "evicted", "evicted_at", "worst"):
             setattr(self, name, getattr(self, name).index_select(1, index))
         if self.key_start is not None:
             self.key_start = self.key_start.index_select(0, index)
@@ -393,20 +396,19 @@ class PagedKeys:
         old = len(self.keys)
         if num_pages <= old:
             return
-        grown = {}
         try:
+            # One after another, so that no two are there twice; the keys, by which pages are counted, last.
             for name in ("starts", "within", "masses", "values", "keys"):
                 tensor = getattr(self, name)
                 # Not empty: 0 times what stood there before could be NaN.
-                grown[name] = tensor.new_zeros(num_pages, *tensor.shape[1:])
-                grown[name][:old] = tensor
+                grown = tensor.new_zeros(num_pages, *tensor.shape[1:])
+                grown[:old] = tensor[:old]
+                setattr(self, name, grown)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"the pool cannot grow from {old} to {num_pages} pages of {self.page_bytes()} bytes. Pass "
                 "max_cache_bytes to drop the most decayed keys instead, or take fewer sequences."
             ) from error
-        for name, tensor in grown.items():
-            setattr(self, name, tensor)
         fresh = torch.arange(old, num_pages, dtype=torch.int32, device=self.device)
         self.free = torch.cat((self.free, fresh))
 
@@ -436,6 +438,10 @@ class PagedKeys:
         """Keys of the live range of every head, `(L, B, H_kv)` int32."""
         return self.lengths[:, None, None] - self.first_key
 
+    def dropped_mass(self, layers: int | slice = slice(None)) -> torch.Tensor:
+        """Log of the sum of exp(lam_now - lam) over all that was dropped, `(..., B, H)` float64 nats."""
+        return self.evicted[layers] + (self.totals[layers] - self.evicted_at[layers]) * LN_2
+
     def _find_free(self) -> None:
         """What no table names is free, however many name the rest."""
         num_pages = len(self.keys)
@@ -457,9 +463,9 @@ class PagedKeys:
             only: Look at the layers that have as many keys as this one.
             needed: Pages for which there must be room. Where the proof does not give it, the pages go whose bound is
                 smallest, and `worst` shows it. Without `max_pages` nothing is needed.
-            new: Of a layer, keys that are not stored: (layer, their first page, log of the sum of exp(-lam) over each
-                of their pages, `(B, H_kv, pages, G)` float64). Then only this layer is looked at, unless pages are
-                short.
+            new: Of a layer, keys that are not stored: (layer, their first page, log of the sum of exp(lam_now - lam)
+                over each of their pages, `(B, H_kv, pages, G)` float64). Then only this layer is looked at, unless
+                pages are short.
         """
         short = 0
         if self.max_pages is not None:
@@ -526,7 +532,10 @@ class PagedKeys:
         # Heads that have fewer pages than others begin later.
         page = torch.arange(end - min(end, max(self.most_live[layers])), end, device=self.device)
         first = (self.first_key[layers] // size)[..., None]
-        mass = self.masses[self.pages(layers, page)] - self.starts[self.pages(layers, page)].double().sum(-2) * LN_2
+        grouped = (self.num_kv_heads, self.groups)
+        now = self.totals[layers].unflatten(-1, grouped)[..., None, :]
+        at = self.pages(layers, page)
+        mass = self.masses[at] + (now - self.starts[at].double().sum(dim=-2)) * LN_2
         if new is not None:
             page = torch.cat((page, torch.arange(first_new, first_new + new.shape[2], device=self.device)))
             mass = torch.cat((mass, new[None]), dim=-2)
@@ -535,12 +544,11 @@ class PagedKeys:
         if self.key_start is not None:
             hidden = hidden | ((page + 1) * size <= self.key_start[:, None, None])
         mass = mass.masked_fill(hidden[..., None], -torch.inf)
-        grouped = (self.num_kv_heads, self.groups)
-        mass = torch.logaddexp(mass.logcumsumexp(dim=-2), self.evicted[layers].unflatten(-1, grouped)[..., None, :])
-        lam = (self.totals[layers] * LN_2).unflatten(-1, grouped)[..., None, :]
+        gone = self.dropped_mass(layers).unflatten(-1, grouped)[..., None, :]
+        mass = torch.logaddexp(mass.logcumsumexp(dim=-2), gone)
         allowed = (self.log_tolerance - ROUNDING - 2.0 * self.logit_bound[layers]).unflatten(-1, grouped)
         # What is NaN is kept.
-        excess = (mass + lam - allowed[:, None, :, None, :]).amax(dim=-1).nan_to_num_(torch.inf, torch.inf, -torch.inf)
+        excess = (mass - allowed[:, None, :, None, :]).amax(dim=-1).nan_to_num_(torch.inf, torch.inf, -torch.inf)
         excess = excess.masked_fill_(~is_live, -torch.inf).masked_fill_(page >= full, torch.inf)
         return Prefixes(layers, mass, excess, is_live & (page < full))
 
@@ -565,8 +573,9 @@ class PagedKeys:
             return count.sum()
         now = mass.gather(-2, (run - 1).clamp_(min=0).expand(*count.shape, 1, self.groups))
         now = now.masked_fill_(run == 0, -torch.inf).flatten(-3)
-        self.evicted[layers] = torch.maximum(self.evicted[layers], now)
-        self.worst[layers] = torch.maximum(self.worst[layers], self.evicted[layers] + self.totals[layers] * LN_2)
+        self.evicted[layers] = torch.maximum(self.dropped_mass(layers), now)
+        self.evicted_at[layers] = self.totals[layers]
+        self.worst[layers] = torch.maximum(self.worst[layers], self.evicted[layers])
         self.first_key[layers] += count * self.page_size
         return count.sum()
 
