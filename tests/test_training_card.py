@@ -250,3 +250,11 @@ def test_refuses_a_name_that_is_none_of_the_hub(run, repo, capsys):
     with pytest.raises(SystemExit):
         publish.main([str(run), "--repo", repo, "--dry-run"])
     assert f"--repo must be USER/NAME, got {repo}" in capsys.readouterr().err
+
+
+def test_energy_is_told_where_it_was_measured(run):
+    assert "kWh" not in card.write_card(run).read_text(encoding="utf-8")
+    rows = [row | {"gpu_watts": 600.0} if "loss" in row else row for row in ROWS]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    # 151 seconds at 600 W.
+    assert "- Energy: 0.0252 kWh of the GPUs alone" in card.write_card(run).read_text(encoding="utf-8")

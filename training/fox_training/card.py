@@ -153,6 +153,7 @@ def render(facts: dict[str, Any], figures: dict[str, str], *, title: str, licens
     """
     from huggingface_hub import ModelCard
 
+    from fox_training.energy import watt_hours
     from fox_training.provenance import one_line
 
     last, data, evaluation = facts["training"][-1], facts["data"], facts["evaluation"]
@@ -169,6 +170,7 @@ def render(facts: dict[str, Any], figures: dict[str, str], *, title: str, licens
         validated=exported_validation(facts),
         epochs=last["tokens"] / data["train"]["tokens"] if "train" in data else None,
         training_time=_duration(last["train_seconds"]),
+        watt_hours=watt_hours(facts["training"]),
         data_description=dataset_name(facts["recipe"]),
         evaluation_data=_evaluation_data(facts) if evaluation else None,
         evaluation_hardware=one_line(evaluation["hardware"]) if evaluation else None,

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from . import checkpoint as ckpt
 from . import provenance
 from .batches import Plan, RowsByIndex, RowsInOrder, plan_batches
+from .energy import PowerMeter
 from .guard import Guard
 from .losses import use_loss
 from .models import build_model, num_parameters
@@ -60,6 +61,7 @@ class Run:
     guard: Guard = field(init=False)
     checkpoints: ckpt.CheckpointFolder = field(init=False)
     watch: Stopwatch = field(default_factory=Stopwatch)
+    power: PowerMeter | None = None
     best: dict[str, float] | None = None  # {"step", "loss"} of the lowest validation loss
     loss_sum: Any = None  # (), fp64 on the device: loss since the last logged step
     loss_steps: int = 0
@@ -219,6 +221,7 @@ def set_up(
         arguments=arguments,
     )
     run.loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    run.power = PowerMeter(run.device)
     # Each process its own random numbers from here on; the weights above are the same on all.
     torch.manual_seed(recipe.run.seed + 1 + parallel.random_rank)
     np.random.seed((recipe.run.seed + 1 + parallel.random_rank) % 2**32)

@@ -256,6 +256,9 @@ def log(run: Run, step: int, learning_rate: float, grad_norm: torch.Tensor, batc
     if peak is not None:
         needed = speed * flops_per_token(run.model, run.recipe.data.sequence_length)
         values["mfu"] = needed / (peak * run.accelerator.num_processes)
+    watts = run.power.lap()
+    if watts is not None:
+        values["gpu_watts"] = run.accelerator.reduce(torch.tensor(watts, device=run.device), reduction="sum").item()
     if run.pruner is not None:
         values["sparsity"] = run.pruner.sparsity()
     if run.recipe.tracking.pruning and prunes(run.model):
