@@ -9,7 +9,7 @@ import pytest
 from fox_training import data_speed
 from fox_training.batches import Batches
 from fox_training.recipe import UserError, load_recipe
-from fox_training.report import main, write_report
+from fox_training.report import main
 
 
 def write_run(folder):
@@ -63,4 +63,3 @@ def test_the_speed_of_the_data_counts_tokens_of_whole_steps_over_their_time(tmp_
     assert float(said[2].split()[1]) == pytest.approx(
         float(said[0].split()[1].replace(",", "")) / 8000, rel=0.1, abs=0.1
     )
-    assert write_report(tmp_path).is_file()
