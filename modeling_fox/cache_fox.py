@@ -109,7 +109,30 @@ class GrowingMemory:
         self.used = min(self.used, length)
 
 
-class FoxDynamicLayer(DynamicLayer):
+class Offloads:
+    """Mixin of cache layers whose keys and values wait on the CPU for their turn, and return on a stream of their own.
+
+    Transformers lets that stream wait for nothing, and its memory be used again while it is still read.
+    """
+
+    def offload(self):
+        """Move keys and values to the CPU."""
+        super().offload()
+        if self.is_initialized and self.device.type != "cpu":
+            self._is_on_cpu = torch.Event(self.device)
+            self._is_on_cpu.record()
+
+    def prefetch(self):
+        """Move keys and values back, on the stream that is current; the default one is to wait for it."""
+        if not self.is_initialized or self.keys.device == self.device:
+            return
+        self._is_on_cpu.wait()
+        super().prefetch()
+        for states in (self.keys, self.values):
+            states.record_stream(torch.cuda.default_stream(self.device))
+
+
+class FoxDynamicLayer(Offloads, DynamicLayer):
     """Cache of one layer that grows with the sequence.
 
     Attributes:
@@ -269,7 +292,7 @@ class FoxDynamicLayer(DynamicLayer):
         self._map_own_states(lambda state: state[indices, ...])
 
 
-class FoxStaticLayer(StaticLayer):
+class FoxStaticLayer(Offloads, StaticLayer):
     """Cache of one layer in tensors of fixed shape and address, for `torch.compile`.
 
     Attributes as in `FoxDynamicLayer`, with `S = max_cache_len` throughout: places not yet filled hold zeros and are
