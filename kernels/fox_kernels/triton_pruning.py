@@ -448,13 +448,15 @@ def tight_rule(
     block_d = padded_head_dim(dim)
     num_programs = -(-num_groups // GATE_GROUPS)
     device = q.device
-    # Few allocations: each takes the host as long as the GPU takes for one of the smaller kernels.
+    # One allocation each: to take a tensor apart costs the host twice as much.
     ends = torch.empty(rows, -(-num_keys // BLOCK_S.value), dtype=torch.float64, device=device)
     window = torch.empty(2, rows, -(-num_keys // WINDOW.value), dtype=torch.float32, device=device)
-    norm, spread = torch.empty(2, kv_rows, num_groups, dtype=torch.float32, device=device)
+    norm = torch.empty(kv_rows, num_groups, dtype=torch.float32, device=device)
+    spread = torch.empty_like(norm)
     center = torch.empty(kv_rows, num_groups, WINDOWS.value + 1, block_d, dtype=k.dtype, device=device)
     mass = torch.empty(batch, num_heads, num_blocks, dtype=torch.float32, device=device)
-    possible, dropped = torch.empty(2, rows, num_blocks, dtype=torch.int32, device=device)
+    possible = torch.empty(rows, num_blocks, dtype=torch.int32, device=device)
+    dropped = torch.empty_like(possible)
     active = torch.empty(rows, num_programs, dtype=torch.int32, device=device)
     first_key = torch.empty_like(first_visible)
     bound, bound_strides = mass, (0, 0)  # never read if it is not given
