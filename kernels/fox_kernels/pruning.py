@@ -77,7 +77,7 @@ def prune(
 ) -> torch.Tensor:
     """First key that each query attends to after pruning, `(B, H, T)` int32, `>= first_visible`, never decreasing.
 
-    On a GPU one kernel for the paper's rule, two where the bound has to be measured, and three for the tight rule.
+    On a GPU one kernel for the paper's rule, two where the bound has to be measured, and four for the tight rule.
     Nothing waits for the device.
 
     Args:
