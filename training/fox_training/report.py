@@ -21,7 +21,9 @@ DESCRIPTION = """\
 Write OUT/report.html from the files of a run: loss, gradient norm, throughput, waiting for data, pruned share by layer
 and gate half-lives over training, and the recipe. One file, the figures inside; also while the run goes on.
 
-After or during training:  python -m fox_training.report runs/demo
+After training:      python -m fox_training.report runs/demo
+While it goes on:    watch -n 60 python -m fox_training.report runs/demo
+Of another machine:  python -m fox_training.report copied/run
 """
 
 PAGE = """\
