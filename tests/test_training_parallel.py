@@ -55,8 +55,11 @@ ARRANGEMENTS = {
 # CI runs some of them and a resume over FSDP2; FOX_ALL_ARRANGEMENTS=1 all, in two minutes more.
 ALL = os.environ.get("FOX_ALL_ARRANGEMENTS") == "1"
 OFTEN = ("tensor", "ulysses", "fsdp2-ring", "from-one")
-# The average is kept in parts too, and a tied weight is in one unit.
-OTHERS = {"fsdp2-average": ["optimizer.ema_decay=0.9", "model.config.tie_word_embeddings=true"]}
+# A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit.
+OTHERS = {
+    "fsdp2-chunked": ["run.loss=chunked"],
+    "fsdp2-average": ["optimizer.ema_decay=0.9", "model.config.tie_word_embeddings=true"],
+}
 
 
 def write_recipe(folder):
@@ -93,7 +96,7 @@ def folder(tmp_path_factory):
             alone(f"one-{name}", *overrides)
         short = [f"run.output_dir={folder / 'from-two'}", "schedule.steps=2"]
         runs.append({"environment": FSDP, "recipe": str(recipe), "overrides": short})
-        expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "ring 2", "FSDP2", "FSDP2", "FSDP2"]
+        expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "ring 2", *["FSDP2"] * 4]
     runs += [
         {"environment": FSDP, "recipe": str(recipe), "overrides": [f"run.output_dir={folder / name}", *overrides]}
         for name, overrides in OTHERS.items()
@@ -146,7 +149,7 @@ def test_two_processes_train_as_one_does(folder, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_means_and_tied_weights_in_parts_are_those_of_the_whole(folder, name):
+def test_losses_means_and_tied_weights_in_parts_are_those_of_the_whole(folder, name):
     if not ALL:
         pytest.skip("FOX_ALL_ARRANGEMENTS=1 runs it")
     assert_same_run(folder / name, folder / f"one-{name}")
