@@ -115,6 +115,8 @@ class Offloads:
     Transformers lets that stream wait for nothing, and its memory be used again while it is still read.
     """
 
+    _is_back: torch.Event | None = None
+
     def offload(self):
         """Move keys and values to the CPU."""
         super().offload()
@@ -130,6 +132,13 @@ class Offloads:
         super().prefetch()
         for states in (self.keys, self.values):
             states.record_stream(torch.cuda.default_stream(self.device))
+        self._is_back = torch.Event(self.device)
+        self._is_back.record()
+
+    def wait_for_keys(self):
+        """Before keys and values are touched outside of `update`, for which Transformers waits itself."""
+        if self._is_back is not None:
+            self._is_back.wait()
 
 
 class FoxDynamicLayer(Offloads, DynamicLayer):
@@ -278,16 +287,19 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace sequence b by sequence `beam_idx[b]`."""
+        self.wait_for_keys()
         super().reorder_cache(beam_idx)
         self._map_own_states(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, copies side by side."""
+        self.wait_for_keys()
         super().batch_repeat_interleave(repeats)
         self._map_own_states(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the sequences `indices`."""
+        self.wait_for_keys()
         super().batch_select_indices(indices)
         self._map_own_states(lambda state: state[indices, ...])
 
@@ -386,6 +398,7 @@ class FoxStaticLayer(Offloads, StaticLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace sequence b by sequence `beam_idx[b]`, in place."""
+        self.wait_for_keys()
         if self.is_initialized:
             for state in (self.keys, self.values, self.log_fgate, self.shift_keys, self.shift_values):
                 state.copy_(state.index_select(0, beam_idx.to(state.device)))
