@@ -267,7 +267,8 @@ def _forgetting_attention(
             out, lse = blockwise.forward(q, k, v, sums, first_key, scale)
         else:
             _require_triton()
-            out, lse = triton_forward.forward(q, k, v, sums, first_key, scale)
+            pruned = log_tolerance is not None
+            out, lse = triton_forward.forward(q, k, v, sums, first_key, scale, pruned=pruned)
     return out, lse, *sums, first_key
 
 

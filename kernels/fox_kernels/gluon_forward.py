@@ -1,15 +1,20 @@
 """Forgetting attention, forward pass, in Gluon for Hopper: bfloat16 heads of 33 to 128 channels.
 
-The mathematics and the numbers are those of triton_forward.py, its twin for everything else; what differs is who does
-what. A program has three partitions. One warp fetches tiles by the tensor memory accelerator. Two warpgroups own 64
-queries each; while one multiplies, the other takes exponentials (the ping-pong of FlashAttention-3, arXiv:2407.08608),
-and within a warpgroup the product of one tile's weights with the values runs beside the next tile's softmax.
+The mathematics and the numbers are those of triton_forward.py, its twin for everything else; what differs is who
+does what. A program stays on its multiprocessor and takes tiles of queries from a counter until none is left. One warp
+fetches, well into the next tile, by the tensor memory accelerator. Two or three warpgroups own 64 queries of the tile
+each; while one multiplies, another takes exponentials (the ping-pong of FlashAttention-3, arXiv:2407.08608), and in
+a warpgroup the product of one block's weights with the values runs beside the next block's softmax.
 
-A tile whose sum outgrew `LARGEST_SUM` is only marked here; the twin does the marked ones again.
+Queries whose sum outgrew `LARGEST_SUM` are only marked here; the twin does the marked ones again.
 
-Letters, names, units and frame as in triton_forward.py.
+Letters, names, units and frame as in triton_forward.py; a *block* is `KEYS` keys, a *group* a warpgroup's 64 queries.
 """
 
+import math
+from typing import NamedTuple
+
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gates import GATE_BLOCK
-from .tile_sizes import descriptor_strides, padded_head_dim
+from .tile_sizes import descriptor_strides, padded_head_dim, programs_at_once
 
 # Renamed between Triton 3.6 and 3.9.
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -52,6 +57,30 @@ def wait_turn(TURN: gl.constexpr):
 
 
 @gluon.jit
+def _wait_own_turn(GROUP: gl.constexpr):
+    wait_turn("13" if GROUP == 0 else ("14" if GROUP == 1 else "15"))
+
+
+@gluon.jit
+def _pass_turn_on(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    NEXT: gl.constexpr = (GROUP + 1) % GROUPS
+    pass_turn("13" if NEXT == 0 else ("14" if NEXT == 1 else "15"))
+
+
+@gluon.jit
+def _not_before(x):
+    """`x`, sums of weights: what waits after this does so after they are there.
+
+    ptxas knows of no tie between a wait for products and other arithmetic, and would wait before the exponentials that
+    are to run beside the products. A trap that depends on them, and never springs, it leaves where it is.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred below; setp.lt.f32 below, $1, 0f00000000; @below bar.arrive 12, 256; mov.b32 $0, $1; }",
+        "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_sum(within, starts, within_low, starts_low, at):
     """lam at one key: the start of its block, what follows, and the low parts of both together."""
     n = at // KEYS
@@ -72,73 +101,143 @@ def load_sums(within, starts, within_low, starts_low, at, mask):
 
 
 @gluon.jit
-def _fetch(
-    q, k, v, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, within_low,
-    starts_low, batch, head, kv_head, start_t, first, count, T, S, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The partition that loads: the queries, then `count` tiles of keys and values leftwards from `first`.
+def _place(work, num_tiles, num_heads, section, T, H, GROUPS: gl.constexpr):
+    """Head and first query of a piece of work. Heads in sections, the last queries first, as in triton_forward.py.
 
-    With the keys goes their bias, ref - lam_j in bits.
+    Tiles are laid out from the last query, rounded up to a group, leftwards: what is left over is the first queries,
+    which have the fewest keys. So the first query of a tile can be negative.
     """
-    for group in gl.static_range(2):
-        mbarrier.expect(q_full.index(group), q.block_type.nbytes)
-        load_async(q, [batch, head, start_t + group * ROWS, 0], q_full.index(group), q_tile.index(group))
-    s = gl.arange(0, KEYS, layout=gl.BlockedLayout([4], [32], [1], [0]))
-    ref_start, ref_within, ref_low = load_sum(within, starts, within_low, starts_low, start_t + S - T)
-    for i in range(count):
-        stage = i % STAGES
-        free = ((i // STAGES) & 1) ^ 1
-        n = first - i
-        at = n * KEYS + s
-        inside = gl.load(within + at, mask=at < S, other=0.0)
-        low = ref_low - gl.load(starts + starts_low + n)
-        bias = ((ref_start - gl.load(starts + n)) + ref_within + low) - inside
-        mbarrier.wait(k_empty.index(stage), free)
-        mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-        load_async(k, [batch, kv_head, n * KEYS, 0], k_full.index(stage), k_tile.index(stage))
-        bias_tile.index(stage).store(bias)
-        mbarrier.arrive(k_full.index(stage), count=1)
-        mbarrier.wait(v_empty.index(stage), free)
-        mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-        load_async(v, [batch, kv_head, n * KEYS, 0], v_full.index(stage), v_tile.index(stage))
+    first_head = work // (section * num_tiles) * section
+    in_section = work % (section * num_tiles)
+    heads = gl.minimum(section, num_heads - first_head)
+    batch_head = first_head + in_section % heads
+    start_t = (T + ROWS - 1) // ROWS * ROWS - (in_section // heads + 1) * (GROUPS * ROWS)
+    return batch_head, start_t
 
 
 @gluon.jit
-def _begin(i, query, k_tile, k_full, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr):
-    """Start the scores of tile i."""
-    stage = i % STAGES
-    mbarrier.wait(k_full.index(stage), (i // STAGES) & 1)
-    key = k_tile.index(stage).reshape([KEYS, D])
+def _right_block(start_t, num_rows, T, S):
+    """The block of the last key that these queries see; of the first query's, where they lie before it."""
+    return (gl.minimum(gl.maximum(start_t + num_rows, 1) + S - T, S) - 1) // KEYS
+
+
+@gluon.jit
+def _fetch(arguments, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """The partition that loads: of each tile its plan and queries, then its blocks of keys and values leftwards.
+
+    With the keys goes their bias, ref - lam_j in bits. The plan is the piece of work and its leftmost block.
+    """
+    (
+        q, k, v, q_tile, k_tile, v_tile, bias_tile, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        within_ptr, starts_ptr, first_key_ptr, counter, within_low, starts_low, num_tiles, num_heads, section, T, S, H,
+        N,
+    ) = arguments  # fmt: skip
+    s = gl.arange(0, KEYS, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    entry = gl.arange(0, 2, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    num_work = num_tiles * num_heads
+    work = gl.program_id(0)
+    tile = 0
+    done = 0
+    while work < num_work:
+        batch_head, start_t = _place(work, num_tiles, num_heads, section, T, H, GROUPS)
+        batch, head = batch_head // H, batch_head % H
+        kv_head = head // G
+        row = batch_head.to(gl.int64)
+        within = within_ptr + row * S
+        starts = starts_ptr + row * N
+        first_t = gl.maximum(start_t, 0)
+        first = _right_block(start_t, GROUPS * ROWS, T, S)
+        last = gl.minimum(gl.load(first_key_ptr + row * T + first_t) // KEYS, (first_t + S - T) // KEYS)
+        slot = tile & 1
+        mbarrier.wait(q_empty.index(slot), ((tile >> 1) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), GROUPS * q.block_type.nbytes)
+        for group in gl.static_range(GROUPS):
+            load_async(
+                q, [batch, head, gl.maximum(start_t + group * ROWS, 0), 0], q_full.index(slot),
+                q_tile.index(slot * GROUPS + group),
+            )  # fmt: skip
+        plan.index(slot).store(gl.where(entry == 0, work, last))
+        mbarrier.arrive(q_full.index(slot), count=1)
+        ref_start, ref_within, ref_low = load_sum(within, starts, within_low, starts_low, first_t + S - T)
+        for n in range(first, last - 1, -1):
+            stage = done % STAGES
+            free = ((done // STAGES) & 1) ^ 1
+            at = n * KEYS + s
+            inside = gl.load(within + at, mask=at < S, other=0.0)
+            low = ref_low - gl.load(starts + starts_low + n)
+            bias = ((ref_start - gl.load(starts + n)) + ref_within + low) - inside
+            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
+            load_async(k, [batch, kv_head, n * KEYS, 0], k_full.index(stage), k_tile.index(stage))
+            bias_tile.index(stage).store(bias)
+            mbarrier.arrive(k_full.index(stage), count=1)
+            mbarrier.wait(v_empty.index(stage), free)
+            mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
+            load_async(v, [batch, kv_head, n * KEYS, 0], v_full.index(stage), v_tile.index(stage))
+            done += 1
+        work = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        tile += 1
+    slot = tile & 1
+    mbarrier.wait(q_empty.index(slot), ((tile >> 1) & 1) ^ 1)
+    plan.index(slot).store(gl.where(entry == 0, num_work, 0))
+    mbarrier.arrive(q_full.index(slot), count=2)
+
+
+@gluon.jit
+def _begin(i, query, k_tile, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr):
+    """Start the scores of block i, which must have arrived."""
+    key = k_tile.index(i % STAGES).reshape([KEYS, D])
     return warpgroup_mma(
         query, key.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, layout=SCORES), use_acc=False, is_async=True
     )
 
 
 @gluon.jit
-def _add_values(i, p, acc, v_tile, v_full, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start acc += p v of tile i."""
-    stage = i % STAGES
-    mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
-    return warpgroup_mma(p, v_tile.index(stage).reshape([KEYS, D]), acc, is_async=True)
+def _add_values(i, p, acc, v_tile, D: gl.constexpr, STAGES: gl.constexpr):
+    """Start acc += p v of block i, which must have arrived."""
+    return warpgroup_mma(p, v_tile.index(i % STAGES).reshape([KEYS, D]), acc, is_async=True)
+
+
+@gluon.jit
+def _wait_for(full, i, STAGES: gl.constexpr):
+    mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
 
 
 @gluon.jit
 def _step(
-    i, n, p, acc, row_sum, anchor, query, k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty, first_key,
-    t_key, s, score_scale,
-    GROUP: gl.constexpr, MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    i, n, p, acc, row_sum, anchor, query, buffers, rows, score_scale,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of tile i, the keys of block n, while the values of tile i - 1 are added."""
-    wait_turn("14" if GROUP == 0 else "15")
-    score = _begin(i, query, k_tile, k_full, D, STAGES, SCORES)
-    acc = _add_values(i - 1, p, acc, v_tile, v_full, D, STAGES)
-    pass_turn("15" if GROUP == 0 else "14")
+    """Scores and weights of block i, the keys from n * KEYS on, while the values of block i - 1 are added.
+
+    Three warpgroups have 160 registers a thread. That does not hold the bias beside scores, weights and output, so it
+    is read late; nor masks beside them, so blocks that need some wait for both products.
+    """
+    k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
+    first_key, t_key, s = rows
+    LATE: gl.constexpr = GROUPS == 3
+    _wait_for(v_full, i - 1, STAGES)
+    _wait_for(k_full, i, STAGES)
+    _wait_own_turn(GROUP)
+    if MASKED:
+        acc = _add_values(i - 1, p, acc, v_tile, D, STAGES)
+        score = _begin(i, query, k_tile, D, STAGES, SCORES)
+        _pass_turn_on(GROUP, GROUPS)
+        acc, score = warpgroup_mma_wait(0, deps=(acc, score))
+    else:
+        score = _begin(i, query, k_tile, D, STAGES, SCORES)
+        acc = _add_values(i - 1, p, acc, v_tile, D, STAGES)
+        _pass_turn_on(GROUP, GROUPS)
+    if not MASKED and LATE:
+        score = warpgroup_mma_wait(1, deps=(score,))
     bias = bias_tile.index(i % STAGES).load(gl.SliceLayout(0, SCORES))
     if ONE_ANCHOR:
         bias -= anchor
-    score = warpgroup_mma_wait(1, deps=(score,))
-    mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+    if not MASKED and not LATE:
+        score = warpgroup_mma_wait(1, deps=(score,))
+    if not LATE:
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
     score = score * score_scale + bias[None, :]
     if not ONE_ANCHOR:
         score -= anchor[:, None]
@@ -147,17 +246,38 @@ def _step(
         score = gl.where((at[None, :] >= first_key[:, None]) & (at[None, :] <= t_key[:, None]), score, float("-inf"))
     weight = gl.exp2(score)
     row_sum += gl.sum(weight, 1)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if not MASKED:
+        if GROUPS == 2:  # with fewer registers the compiler does so by itself, and would spill for this
+            row_sum = _not_before(row_sum)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    if LATE:
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
     mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
     return gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS), acc, row_sum
 
 
 @gluon.jit
-def _masked_scores(
-    i, n, query, k_tile, bias_tile, k_full, k_empty, first_key, t_key, s, score_scale,
-    D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
+def _steps(
+    i_begin, i_end, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
 ):  # fmt: skip
-    score = _begin(i, query, k_tile, k_full, D, STAGES, SCORES)
+    for i in range(i_begin, i_end):
+        p, acc, row_sum = _step(
+            begin + i, first - i, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP, GROUPS, MASKED,
+            ONE_ANCHOR, D, STAGES, SCORES, WEIGHTS,
+        )  # fmt: skip
+    return p, acc, row_sum
+
+
+@gluon.jit
+def _masked_scores(
+    i, n, query, buffers, rows, score_scale, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr
+):
+    k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
+    first_key, t_key, s = rows
+    _wait_for(k_full, i, STAGES)
+    score = _begin(i, query, k_tile, D, STAGES, SCORES)
     bias = bias_tile.index(i % STAGES).load(gl.SliceLayout(0, SCORES))
     score = warpgroup_mma_wait(0, deps=(score,))
     mbarrier.arrive(k_empty.index(i % STAGES), count=1)
@@ -167,189 +287,256 @@ def _masked_scores(
 
 
 @gluon.jit
-def _attend(
-    o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts, first_key_ptr,
-    lse_ptr, marks_ptr, within_low, starts_low, batch, head, start_t, first, count, num_diagonal, num_full, T, S,
-    score_scale, largest_sum, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup: 64 queries against `count` tiles of keys, of which the first `num_diagonal` hold a row's own key.
+def _online(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constexpr):
+    """A step of an online softmax, without its product."""
+    new_max = gl.maximum(row_max, gl.max(score, 1))
+    shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = gl.exp2(score - shift[:, None])
+    rescale = gl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + gl.sum(weight, 1)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+    return gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS), acc, row_sum, new_max
 
-    The next `num_full` are seen by every row of the program, those after them in part.
+
+@gluon.jit
+def _settle(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constexpr):
+    """The last of those steps, after which the anchor stays: that of each row, and the one of all if there is one.
+
+    Also what the rounding of this step's weights adds to a sum: a row with few keys must not be off by it, as nothing
+    averages it out.
     """
+    new_max = gl.maximum(row_max, gl.max(score, 1))
+    sees_none = new_max == float("-inf")
+    highest_row = gl.max(new_max, 0)
+    lowest_row = gl.min(gl.where(sees_none, float("inf"), new_max), 0)
+    one_anchor = (highest_row > float("-inf")) & (highest_row - lowest_row <= LARGEST_SPREAD)
+    anchor = gl.where(sees_none, 0.0, new_max)
+    if one_anchor:
+        anchor = anchor * 0.0 + highest_row
+    weight = gl.exp2(score - anchor[:, None])
+    rescale = gl.exp2(row_max - anchor)
+    row_sum = row_sum * rescale + gl.sum(weight, 1)
+    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
+    narrow = weight.to(gl.bfloat16)
+    rounding = gl.sum(narrow.to(gl.float32) - weight, 1)
+    return gl.convert_layout(narrow, WEIGHTS), acc, row_sum, rounding, anchor, highest_row, one_anchor
+
+
+@gluon.jit
+def _skip(i, count, buffers, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
+    """Pass over `count` blocks from i on that only other groups see, a turn for each."""
+    k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
+    for j in range(i, i + count):
+        _wait_own_turn(GROUP)
+        _pass_turn_on(GROUP, GROUPS)
+        stage = j % STAGES
+        # Not before they are there: what is freed twice in one round would let the loading warp overtake.
+        _wait_for(k_full, j, STAGES)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        _wait_for(v_full, j, STAGES)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+
+
+@gluon.jit
+def _read_plan(plan, q_full, tile):
+    slot = tile & 1
+    mbarrier.wait(q_full.index(slot), (tile >> 1) & 1)
+    entry = gl.arange(0, 2, layout=gl.BlockedLayout([2], [32], [4], [0]))
+    values = plan.index(slot).load(gl.BlockedLayout([2], [32], [4], [0]))
+    return gl.sum(gl.where(entry == 0, values, 0), 0), gl.sum(gl.where(entry == 1, values, 0), 0)
+
+
+@gluon.jit
+def _to_frame(within, starts, within_low, starts_low, first_t, t_key, exists, offset):
+    """ref - lam_i of the rows, `ref` as _fetch takes it."""
+    ref_t = gl.maximum(first_t, 0) + offset
+    ref_start, ref_within, ref_low = load_sum(within, starts, within_low, starts_low, ref_t)
+    start, inside, low = load_sums(within, starts, within_low, starts_low, t_key, exists)
+    return (ref_start - start) + (ref_within - inside) + (ref_low - low)
+
+
+@gluon.jit
+def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """A warpgroup: one group of every tile."""
+    (
+        o, q_tile, k_tile, v_tile, bias_tile, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty, within_ptr,
+        starts_ptr, first_key_ptr, lse_ptr, marks_ptr, marked_ptr, within_low, starts_low, num_tiles, num_heads,
+        section, num_groups, T, S, H, N, score_scale, largest_sum,
+    ) = arguments  # fmt: skip
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
-
-    # 1. The rows.
-    t = start_t + GROUP * ROWS + gl.arange(0, ROWS, layout=ROW)
-    t_key = t + (S - T)
+    buffers = (k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty)
     s = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
-    first_key = gl.load(first_key_ptr + t, mask=t < T, other=NO_KEY)
-    query = q_tile.index(GROUP).reshape([ROWS, D])
-    mbarrier.wait(q_full.index(GROUP), 0)
+    num_work = num_tiles * num_heads
 
-    # 2. Tiles on the diagonal: online softmax, one product after the other. All but the last add their values here;
-    # tiles of 128 queries and as many keys that lie on each other have one.
-    acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
-    row_max = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
-    row_sum = gl.zeros([ROWS], gl.float32, layout=ROW)
-    for i in range(num_diagonal - 1):
-        score = _masked_scores(
-            i, first - i, query, k_tile, bias_tile, k_full, k_empty, first_key, t_key, s, score_scale, D, STAGES,
-            SCORES,
+    if GROUP == GROUPS - 1:
+        _pass_turn_on(GROUP, GROUPS)
+    tile = 0
+    begin = 0  # blocks of keys that all tiles before had
+    work, last = _read_plan(plan, q_full, tile)
+    while work < num_work:
+        # 1. The rows and their blocks, numbered from `first` leftwards: [skipped, frozen) hold a row's own key,
+        # [frozen, masked) are seen by every row, [masked, end) in part.
+        batch_head, start_t = _place(work, num_tiles, num_heads, section, T, H, GROUPS)
+        first = _right_block(start_t, GROUPS * ROWS, T, S)
+        count = first - last + 1
+        start_t += GROUP * ROWS
+        batch, head = batch_head // H, batch_head % H
+        row = batch_head.to(gl.int64)
+        first_keys = first_key_ptr + row * T
+        t = start_t + gl.arange(0, ROWS, layout=ROW)
+        t_key = t + (S - T)
+        exists = (t >= 0) & (t < T)
+        rows = (gl.load(first_keys + t, mask=exists, other=NO_KEY), t_key, s)
+        lowest = gl.load(first_keys + gl.maximum(start_t, 0))
+        highest = gl.load(first_keys + gl.maximum(gl.minimum(start_t + ROWS, T) - 1, 0))
+        skipped = first - _right_block(start_t, ROWS, T, S)
+        diagonal = (gl.maximum(start_t, 0) + S - T) // KEYS
+        end_n = gl.minimum(lowest // KEYS, diagonal)
+        full_n = gl.minimum(gl.maximum((highest + KEYS - 1) // KEYS, end_n), diagonal)
+        frozen = first - diagonal + 1
+        masked = first - full_n + 1
+        end = first - end_n + 1
+        slot = tile & 1
+        query_tile = q_tile.index(slot * GROUPS + GROUP)
+        query = query_tile.reshape([ROWS, D])
+        _skip(begin, skipped, buffers, GROUP, GROUPS, STAGES)
+
+        # 2. On the diagonal: online softmax, one product after the other. All blocks but the last add their values
+        # here; groups that lie on whole blocks have one.
+        acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
+        row_sum = gl.zeros([ROWS], gl.float32, layout=ROW)
+        for i in range(skipped, frozen - 1):
+            score = _masked_scores(begin + i, first - i, query, buffers, rows, score_scale, D, STAGES, SCORES)
+            p, acc, row_sum, row_max = _online(score, acc, row_sum, row_max, OUT, WEIGHTS)
+            _wait_for(v_full, begin + i, STAGES)
+            acc = _add_values(begin + i, p, acc, v_tile, D, STAGES)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index((begin + i) % STAGES), count=1)
+            _wait_own_turn(GROUP)
+            _pass_turn_on(GROUP, GROUPS)
+
+        # 3. The last of them settles what all other weights are relative to: the largest maximum of the rows, or each
+        # row's own where they lie too far apart. Its values are added beside the next block's softmax.
+        score = _masked_scores(begin + frozen - 1, diagonal, query, buffers, rows, score_scale, D, STAGES, SCORES)
+        p, acc, row_sum, rounding, anchor, highest_row, one_anchor = _settle(
+            score, acc, row_sum, row_max, OUT, WEIGHTS
+        )
+        # The last tile's output has left by now: its place is free for the queries of the next.
+        tma.store_wait(0)
+        if tile > 0:
+            mbarrier.arrive(q_empty.index(slot ^ 1), count=1)
+
+        # 4. All other blocks, the warpgroups by turns.
+        if one_anchor:
+            p, acc, row_sum = _steps(
+                frozen, masked, begin, first, p, acc, row_sum, highest_row, query, buffers, rows, score_scale, GROUP,
+                GROUPS, False, True, D, STAGES, SCORES, WEIGHTS,
+            )  # fmt: skip
+        else:
+            p, acc, row_sum = _steps(
+                frozen, masked, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP,
+                GROUPS, False, False, D, STAGES, SCORES, WEIGHTS,
+            )  # fmt: skip
+        p, acc, row_sum = _steps(
+            masked, end, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP, GROUPS, True,
+            False, D, STAGES, SCORES, WEIGHTS,
         )  # fmt: skip
-        new_max = gl.maximum(row_max, gl.max(score, 1))
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-        weight = gl.exp2(score - shift[:, None])
-        rescale = gl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + gl.sum(weight, 1)
-        acc = acc * gl.convert_layout(rescale, OUT_ROW)[:, None]
-        acc = _add_values(i, gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS), acc, v_tile, v_full, D, STAGES)
+        _wait_for(v_full, begin + end - 1, STAGES)
+        acc = _add_values(begin + end - 1, p, acc, v_tile, D, STAGES)
+
+        # 5. Mark what left the range of float32, normalize and store.
+        to_frame = _to_frame(
+            within_ptr + row * S, starts_ptr + row * N, within_low, starts_low, start_t - GROUP * ROWS, t_key, exists,
+            S - T,
+        )  # fmt: skip
+        empty = row_sum == 0.0
+        lse = gl.where(empty, float("inf"), anchor - to_frame + gl.log2(gl.where(empty, 1.0, row_sum)))
+        gl.store(lse_ptr + row * T + t, lse, mask=exists)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(i % STAGES), count=1)
-        row_max = new_max
+        mbarrier.arrive(v_empty.index((begin + end - 1) % STAGES), count=1)
+        _skip(begin + end, count - end, buffers, GROUP, GROUPS, STAGES)
+        largest = gl.convert_layout(gl.max(gl.abs(acc), 1), ROW)
+        in_range = (row_sum < largest_sum) & (largest < float("inf"))
+        mark = gl.max(gl.where(in_range, 0, 1), 0)
+        gl.store(marks_ptr + row * num_groups + start_t // ROWS, mark, mask=start_t >= 0)
+        gl.store(marked_ptr, mark, mask=mark > 0)
+        divisor = gl.where(empty, 1.0, row_sum + rounding)
+        out = acc * gl.convert_layout(1.0 / divisor, OUT_ROW)[:, None]
+        query.store(out.to(gl.bfloat16))
+        fence_async_shared()
+        if start_t >= 0:
+            store_async(o, [batch, head, start_t, 0], query_tile)
 
-    # 3. The last of them settles what all other weights are relative to: the largest maximum of the rows, or each
-    # row's own where they lie too far apart. Its values are added beside the next tile's softmax.
-    i = num_diagonal - 1
-    score = _masked_scores(
-        i, first - i, query, k_tile, bias_tile, k_full, k_empty, first_key, t_key, s, score_scale, D, STAGES, SCORES,
-    )  # fmt: skip
-    new_max = gl.maximum(row_max, gl.max(score, 1))
-    sees_none = new_max == float("-inf")
-    highest = gl.max(new_max, 0)
-    lowest = gl.min(gl.where(sees_none, highest, new_max), 0)
-    one_anchor = highest - lowest <= LARGEST_SPREAD
-    anchor = gl.where(sees_none, 0.0, new_max)
-    if one_anchor:
-        anchor = anchor * 0.0 + highest
-    weight = gl.exp2(score - anchor[:, None])
-    rescale = gl.exp2(row_max - anchor)
-    row_sum = row_sum * rescale + gl.sum(weight, 1)
-    acc = acc * gl.convert_layout(rescale, OUT_ROW)[:, None]
-    narrow = weight.to(gl.bfloat16)
-    # A row with few keys must not be off by the rounding of their weights, which nothing averages out.
-    rounding = gl.sum(narrow.to(gl.float32) - weight, 1)
-    p = gl.convert_layout(narrow, WEIGHTS)
-
-    # 4. All other tiles, the warpgroups by turns.
-    if GROUP == 1:
-        pass_turn("14")
-    if one_anchor:
-        for i in range(num_diagonal, num_diagonal + num_full):
-            p, acc, row_sum = _step(
-                i, first - i, p, acc, row_sum, highest, query, k_tile, v_tile, bias_tile, k_full, k_empty, v_full,
-                v_empty, first_key, t_key, s, score_scale, GROUP, False, True, D, STAGES, SCORES, WEIGHTS,
-            )  # fmt: skip
-    else:
-        for i in range(num_diagonal, num_diagonal + num_full):
-            p, acc, row_sum = _step(
-                i, first - i, p, acc, row_sum, anchor, query, k_tile, v_tile, bias_tile, k_full, k_empty, v_full,
-                v_empty, first_key, t_key, s, score_scale, GROUP, False, False, D, STAGES, SCORES, WEIGHTS,
-            )  # fmt: skip
-    for i in range(num_diagonal + num_full, count):
-        p, acc, row_sum = _step(
-            i, first - i, p, acc, row_sum, anchor, query, k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty,
-            first_key, t_key, s, score_scale, GROUP, True, False, D, STAGES, SCORES, WEIGHTS,
-        )  # fmt: skip
+        begin += count
+        tile += 1
+        work, last = _read_plan(plan, q_full, tile)
     if GROUP == 0:
-        wait_turn("14")
-    acc = _add_values(count - 1, p, acc, v_tile, v_full, D, STAGES)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-
-    # 5. Mark what left the range of float32, normalize and store.
-    largest = gl.max(gl.max(gl.abs(acc), 1), 0)
-    in_range = (gl.max(row_sum, 0) < largest_sum) & (largest < float("inf"))
-    gl.store(marks_ptr + GROUP, gl.where(in_range, 0, 1))
-    empty = row_sum == 0.0
-    row_sum = gl.where(empty, 1.0, row_sum)
-    ref_start, ref_within, ref_low = load_sum(within, starts, within_low, starts_low, start_t + S - T)
-    start, inside, low = load_sums(within, starts, within_low, starts_low, t_key, t < T)
-    to_frame = (ref_start - start) + (ref_within - inside) + (ref_low - low)
-    lse = gl.where(empty, float("inf"), anchor - to_frame + gl.log2(row_sum))
-    gl.store(lse_ptr + t, lse, mask=t < T)
-    out = acc * gl.convert_layout(1.0 / (row_sum + rounding), OUT_ROW)[:, None]
-    query.store(out.to(gl.bfloat16))
-    fence_async_shared()
-    store_async(o, [batch, head, start_t + GROUP * ROWS, 0], q_tile.index(GROUP))
+        _wait_own_turn(GROUP)
     tma.store_wait(0)
 
 
 @gluon.jit
 def gluon_forward_kernel(
-    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, score_scale, largest_sum, T, S, H, N,
-    num_tiles, num_heads, section, within_low, starts_low,
-    G: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, marked_ptr, counter, score_scale,
+    largest_sum, T, S, H, N, num_tiles, num_heads, section, num_groups, within_low, starts_low,
+    G: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    # 1. Which tile is this program's? As in triton_forward.py.
-    program = gl.program_id(0)
-    first_head = program // (section * num_tiles) * section
-    in_section = program % (section * num_tiles)
-    heads = gl.minimum(section, num_heads - first_head)
-    tile = num_tiles - 1 - in_section // heads
-    start_t = tile * (2 * ROWS)
-    batch_head = first_head + in_section % heads
-    batch, head = batch_head // H, batch_head % H
-    kv_head = head // G
-    row = batch_head.to(gl.int64)
-    within = within_ptr + row * S
-    starts = starts_ptr + row * N
-    first_key = first_key_ptr + row * T
-    lse = lse_ptr + row * T
-    marks = marks_ptr + 2 * (row * num_tiles + tile)
-
-    # 2. Its blocks of keys, from `first` leftwards.
-    offset = S - T
-    lowest = gl.load(first_key + start_t)
-    highest = gl.load(first_key + gl.minimum(start_t + 2 * ROWS, T) - 1)
-    first = (gl.minimum(start_t + 2 * ROWS + offset, S) - 1) // KEYS
-    diagonal = (start_t + offset) // KEYS
-    last = gl.minimum(lowest // KEYS, diagonal)
-    full = gl.minimum(gl.maximum((highest + KEYS - 1) // KEYS, last), diagonal)
-    count = first - last + 1
-    num_diagonal = first - diagonal + 1
-    num_full = diagonal - full
-
-    # 3. Shared memory and who waits for whom.
-    q_tile = gl.allocate_shared_memory(gl.bfloat16, [2, 1, 1, ROWS, D], q.layout)
+    q_tile = gl.allocate_shared_memory(gl.bfloat16, [2 * GROUPS, 1, 1, ROWS, D], q.layout)
     k_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, KEYS, D], k.layout)
     v_tile = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, 1, KEYS, D], v.layout)
     bias_tile = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plan = gl.allocate_shared_memory(gl.int32, [2, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=2)
+        mbarrier.init(q_empty.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
-    gl.warp_specialize(
-        [
-            (_attend, (
-                o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
-                first_key, lse, marks, within_low, starts_low, batch, head, start_t, first, count, num_diagonal,
-                num_full, T, S, score_scale, largest_sum, 0, D, STAGES,
-            )),
-            (_attend, (
-                o, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
-                first_key, lse, marks, within_low, starts_low, batch, head, start_t, first, count, num_diagonal,
-                num_full, T, S, score_scale, largest_sum, 1, D, STAGES,
-            )),
-            (_fetch, (
-                q, k, v, q_tile, k_tile, v_tile, bias_tile, q_full, k_full, k_empty, v_full, v_empty, within, starts,
-                within_low, starts_low, batch, head, kv_head, start_t, first, count, T, S, STAGES,
-            )),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
+    attend = (
+        o, q_tile, k_tile, v_tile, bias_tile, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty, within_ptr,
+        starts_ptr, first_key_ptr, lse_ptr, marks_ptr, marked_ptr, within_low, starts_low, num_tiles, num_heads,
+        section, num_groups, T, S, H, N, score_scale, largest_sum,
     )  # fmt: skip
+    fetch = (
+        q, k, v, q_tile, k_tile, v_tile, bias_tile, plan, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+        within_ptr, starts_ptr, first_key_ptr, counter, within_low, starts_low, num_tiles, num_heads, section, T, S, H,
+        N,
+    )  # fmt: skip
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_attend, (attend, 0, 3, D, STAGES)),
+                (_attend, (attend, 1, 3, D, STAGES)),
+                (_attend, (attend, 2, 3, D, STAGES)),
+                (_fetch, (fetch, G, GROUPS, STAGES)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (attend, 0, 2, D, STAGES)),
+                (_attend, (attend, 1, 2, D, STAGES)),
+                (_fetch, (fetch, G, GROUPS, STAGES)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 def gluon_descriptor(x, rows: int, dim: int) -> TensorDescriptor:
@@ -360,18 +547,54 @@ def gluon_descriptor(x, rows: int, dim: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), descriptor_strides(x), block, layout)
 
 
-def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section, block_t):
-    """Launch the kernel; fills out, lse `(B, H, T)` and marks `(B, H, tiles of block_t = 128 queries, 2)` int32."""
+class Tuned(NamedTuple):
+    """Warpgroups, stages, and registers of a thread that multiplies, of one that loads, and at the launch."""
+
+    groups: int
+    stages: int
+    registers: int
+    loading_registers: int
+    launch_registers: int
+
+
+# Measured on an H100 (RESULTS.md). Three groups multiply faster; two waste less where few keys are left.
+FEW_QUERIES = 8192
+TUNED = {(64, False): Tuned(3, 4, 160, 32, 128), (64, True): Tuned(2, 4, 240, 24, 168)}
+TUNED[128, False] = TUNED[128, True] = Tuned(2, 2, 240, 24, 168)
+
+
+class Marks(NamedTuple):
+    """What the kernel leaves to its twin: a mark for each group, and whether there is one.
+
+    `(B, H, an even number)` int32: the twin's tiles are two groups. `counter` hands out the tiles of the kernel.
+    """
+
+    marks: torch.Tensor
+    any: torch.Tensor
+    counter: torch.Tensor
+
+
+def new_marks(batch: int, num_heads: int, num_queries: int, device: torch.device) -> Marks:
+    shape = (batch, num_heads, -(-num_queries // (2 * ROWS.value)) * 2)
+    # 16 bytes apart, so that to the compiler every call is of the same kind.
+    memory = torch.zeros(8 + math.prod(shape), dtype=torch.int32, device=device)
+    return Marks(memory[8:].view(shape), memory[4:5], memory[:1])
+
+
+def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section, pruned):
+    """Launch the kernel; fills out, lse `(B, H, T)` and `new_marks`."""
     batch, num_heads, num_queries, _ = q.shape
     num_keys = k.shape[2]
     dim = padded_head_dim(q.shape[3])
-    assert block_t == 2 * ROWS.value, "the twin does marked tiles again: its tiles must be these"
-    num_tiles = marks.shape[2]
+    tuned = TUNED[dim, pruned and num_queries <= FEW_QUERIES]
+    num_tiles = -(-num_queries // (tuned.groups * ROWS.value))
     rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
     tensors = [gluon_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    gluon_forward_kernel[(num_tiles * batch * num_heads,)](
-        *tensors, sums.within, sums.starts, first_key, lse, marks, score_scale, largest_sum, num_queries, num_keys,
-        num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section, sums.within.stride(0),
-        sums.starts.stride(0), G=num_heads // k.shape[1], D=dim, STAGES=4 if dim == 64 else 2,
-        CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
+    num_work = num_tiles * batch * num_heads
+    gluon_forward_kernel[(min(num_work, programs_at_once(q.device)),)](
+        *tensors, sums.within, sums.starts, first_key, lse, marks.marks, marks.any, marks.counter, score_scale,
+        largest_sum, num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section,
+        marks.marks.shape[2], sums.within.stride(0), sums.starts.stride(0), G=num_heads // k.shape[1], D=dim,
+        GROUPS=tuned.groups, STAGES=tuned.stages, CONSUMER_REGISTERS=tuned.registers,
+        PRODUCER_REGISTERS=tuned.loading_registers, num_warps=4, maxnreg=tuned.launch_registers,
     )  # fmt: skip

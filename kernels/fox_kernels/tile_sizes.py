@@ -5,6 +5,7 @@ what the spills bought on a measured machine; tests/test_kernels_compile.py hold
 sizes of sm_80. float32 is for checking: beyond 64 channels it spills.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,16 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@lru_cache
+def _num_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_at_once(device: torch.device, per_sm: int = 1) -> int:
+    """As many as run at once; for the interpreter few, but not a divisor of anything."""
+    return _num_multiprocessors(device.index) * per_sm if device.type == "cuda" else 7
 
 
 def padded_head_dim(head_dim: int) -> int:

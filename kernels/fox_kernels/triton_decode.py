@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .gates import LOG2_E, GateSums
-from .tile_sizes import architecture, padded_head_dim
+from .tile_sizes import architecture, padded_head_dim, programs_at_once
 from .triton_forward import dot_precision
 
 GATE_BLOCK = tl.constexpr(128)
@@ -383,16 +383,6 @@ def append_gates_kernel(
         tl.store(total_ptr + n, running)
 
 
-@lru_cache
-def _num_multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def _num_programs(device: torch.device, per_sm: int) -> int:
-    # The interpreter: few, but not a divisor of anything.
-    return _num_multiprocessors(device.index) * per_sm if device.type == "cuda" else 7
-
-
 def search_levels(num_blocks: int, probes: int = PROBES) -> int:
     """Levels that `_blocks_dropped` needs for up to this many blocks."""
     levels = 0
@@ -473,7 +463,7 @@ def forward(
     num_units = batch * num_kv_heads * units_per_head
     num_rows = min(tiles.block_r, groups * num_queries)
     num_programs = min(
-        _num_programs(q.device, tiles.programs_per_sm),
+        programs_at_once(q.device, tiles.programs_per_sm),
         num_units * (_cdiv(num_keys, tiles.block_s) + UNIT_COST.value),
     )
     out = torch.empty_like(q)

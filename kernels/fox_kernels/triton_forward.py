@@ -49,6 +49,8 @@ LARGEST_SPREAD = tl.constexpr(60.0)
 # Of the weights of a row, relative to its anchor: far from where its products overflow. A weight must fit float16.
 LARGEST_SUM = 2.0**60
 LARGEST_SUM_FLOAT16 = 2.0**15
+# Programs that look for marked tiles, of which there is hardly ever one.
+MARKED_PROGRAMS = 264
 
 
 @triton.jit
@@ -251,32 +253,20 @@ def _frozen(
 
 
 @triton.jit
-def forgetting_attention_forward_kernel(
-    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, score_scale, T, S, H, N, num_tiles,
-    num_heads, section, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,
-    v_stride_s, o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
+def _attend_tile(
+    batch_head, start_t, q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, score_scale, T, S, H, N,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
+    o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ANCHOR: tl.constexpr,
     LARGEST_SUM: tl.constexpr, MARKED: tl.constexpr,
 ):  # fmt: skip
-    """With MARKED only the tiles that gluon_forward.py marked, two marks a tile, all by a running maximum."""
+    """The queries of one head from start_t on; with MARKED all by a running maximum."""
     EXACT: tl.constexpr = PRECISION != "tf32"
-    # 1. Which tile is this program's? Heads go in sections whose keys and values fit the L2 cache; within a section
-    # the last queries, which have the most keys, start first.
-    program = tl.program_id(0)
-    first_head = program // (section * num_tiles) * section
-    in_section = program % (section * num_tiles)
-    heads = tl.minimum(section, num_heads - first_head)
-    start_t = (num_tiles - 1 - in_section // heads) * BLOCK_T
-    batch_head = first_head + in_section % heads
     batch, head = batch_head // H, batch_head % H
     kv_head = head // G
     row = batch_head.to(tl.int64)
     offset = S - T
-    if MARKED:
-        mark = marks_ptr + 2 * (row * num_tiles + start_t // BLOCK_T)
-        if (tl.load(mark) == 0) & (tl.load(mark + 1) == 0):
-            return
     q = at_head(q, batch, head, q_stride_b, q_stride_h, DESCRIPTORS)
     k = at_head(k, batch, kv_head, k_stride_b, k_stride_h, DESCRIPTORS)
     v = at_head(v, batch, kv_head, v_stride_b, v_stride_h, DESCRIPTORS)
@@ -284,7 +274,7 @@ def forgetting_attention_forward_kernel(
     starts_ptr += row * N
     first_key_ptr += row * T
 
-    # 2. Its queries, and the keys they see: [diagonal, end) hold their own, [full, diagonal) are seen by every row,
+    # 1. Its queries, and the keys they see: [diagonal, end) hold their own, [full, diagonal) are seen by every row,
     # [first_tile, full) in part.
     query = load_tile(q, batch, head, start_t, T, q_stride_t, D, BLOCK_D, BLOCK_T, True, DESCRIPTORS)
     lowest = tl.load(first_key_ptr + start_t)
@@ -298,7 +288,7 @@ def forgetting_attention_forward_kernel(
     ref_within, ref_within_low = load_pair(within_ptr, within_low, at)
     ref_low = ref_start_low + ref_within_low
 
-    # 3. The diagonal gives every row a maximum.
+    # 2. The diagonal gives every row a maximum.
     begin = first_tile if MARKED else tl.maximum(diagonal, first_tile)
     acc, row_max, row_sum = _online(
         query, k, v, batch, kv_head, k_stride_s, v_stride_s, within_ptr, starts_ptr, within_low, starts_low, ref_start,
@@ -306,7 +296,7 @@ def forgetting_attention_forward_kernel(
         BLOCK_S, PRECISION, DESCRIPTORS,
     )  # fmt: skip
 
-    # 4. All other keys take it as given.
+    # 3. All other keys take it as given.
     if not MARKED and (first_tile < diagonal):
         sees_none = row_max == float("-inf")
         highest_row = tl.max(row_max, axis=0)
@@ -336,7 +326,7 @@ def forgetting_attention_forward_kernel(
                 DESCRIPTORS,
             )  # fmt: skip
 
-        # 5. Where that outgrew its range (or a value is no number), all is done again with a running maximum.
+        # 4. Where that outgrew its range (or a value is no number), all is done again with a running maximum.
         largest = tl.max(tl.max(tl.abs(acc), axis=1), axis=0)
         if not ((tl.max(row_sum, axis=0) < LARGEST_SUM) & (largest < float("inf"))):
             acc, row_max, row_sum = _online(
@@ -345,7 +335,7 @@ def forgetting_attention_forward_kernel(
                 BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, DESCRIPTORS,
             )  # fmt: skip
 
-    # 6. Normalize and store. A row that saw nothing is 0; its log-sum-exp is +inf so that p = 0 in the backward pass.
+    # 5. Normalize and store. A row that saw nothing is 0; its log-sum-exp is +inf so that p = 0 in the backward pass.
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     if not EXACT:
@@ -360,6 +350,45 @@ def forgetting_attention_forward_kernel(
         o.store([batch, head, start_t, 0], tl.reshape(out.to(o.dtype), [1, 1, BLOCK_T, BLOCK_D]))
     else:
         store_tile(o, out, batch, head, start_t, T, o_stride_b, o_stride_h, o_stride_t, D, BLOCK_D, BLOCK_T)
+
+
+@triton.jit
+def forgetting_attention_forward_kernel(
+    q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, any_ptr, score_scale, T, S, H, N, num_tiles,
+    num_heads, section, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,
+    v_stride_s, o_stride_b, o_stride_h, o_stride_t, within_low, starts_low,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, DESCRIPTORS: tl.constexpr, ANCHOR: tl.constexpr,
+    LARGEST_SUM: tl.constexpr, MARKED: tl.constexpr,
+):  # fmt: skip
+    """A program, a tile; with MARKED few programs do the tiles that gluon_forward.py marked, two marks a tile."""
+    program = tl.program_id(0)
+    if MARKED:
+        if tl.load(any_ptr) != 0:
+            for work in tl.range(program, num_tiles * num_heads, tl.num_programs(0), num_stages=1):
+                batch_head, tile = work // num_tiles, work % num_tiles
+                mark = marks_ptr + 2 * work.to(tl.int64)
+                if (tl.load(mark) != 0) | (tl.load(mark + 1) != 0):
+                    _attend_tile(
+                        batch_head, tile * BLOCK_T, q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr,
+                        score_scale, T, S, H, N, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h,
+                        k_stride_s, v_stride_b, v_stride_h, v_stride_s, o_stride_b, o_stride_h, o_stride_t,
+                        within_low, starts_low, G, D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, NUM_STAGES, DESCRIPTORS,
+                        ANCHOR, LARGEST_SUM, True,
+                    )  # fmt: skip
+    else:
+        # Heads go in sections whose keys and values fit the L2 cache; within a section the last queries, which have
+        # the most keys, start first.
+        first_head = program // (section * num_tiles) * section
+        in_section = program % (section * num_tiles)
+        heads = tl.minimum(section, num_heads - first_head)
+        _attend_tile(
+            first_head + in_section % heads, (num_tiles - 1 - in_section // heads) * BLOCK_T, q, k, v, o, within_ptr,
+            starts_ptr, first_key_ptr, lse_ptr, score_scale, T, S, H, N, q_stride_b, q_stride_h, q_stride_t,
+            k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s, o_stride_b, o_stride_h,
+            o_stride_t, within_low, starts_low, G, D, BLOCK_D, BLOCK_T, BLOCK_S, PRECISION, NUM_STAGES, DESCRIPTORS,
+            ANCHOR, LARGEST_SUM, False,
+        )  # fmt: skip
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -421,8 +450,12 @@ def forward(
     first_key: torch.Tensor,
     scale: float,
     tiles: TileSizes | None = None,
+    pruned: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits."""
+    """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits.
+
+    `pruned` changes no number: it says that most queries have few keys.
+    """
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     arch = architecture(q.device)
@@ -434,18 +467,19 @@ def forward(
     descriptors = use_descriptors(arch, q, k, v, out)
     section = heads_in_l2(num_keys, dim, q.element_size())
     largest_sum = LARGEST_SUM_FLOAT16 if q.dtype == torch.float16 else LARGEST_SUM
+    num_programs = num_tiles * batch * num_heads
     marks = None
     if descriptors and use_gluon(arch, q):
-        marks = torch.empty(batch, num_heads, num_tiles, 2, dtype=torch.int32, device=q.device)
-        gluon_forward.forward(
-            q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, tiles.block_t
-        )
+        assert tiles.block_t == 128, "two groups of gluon_forward.py: a mark for each"
+        marks = gluon_forward.new_marks(batch, num_heads, num_queries, q.device)
+        gluon_forward.forward(q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, pruned)
+        num_programs = min(num_programs, MARKED_PROGRAMS)
     tensors = (q, k, v, out)
     if descriptors:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
         tensors = [descriptor(x, n, block_d) for x, n in zip(tensors, rows, strict=True)]
-    forgetting_attention_forward_kernel[(num_tiles * batch * num_heads,)](
-        *tensors, sums.within, sums.starts, first_key, lse, first_key if marks is None else marks, scale * LOG2_E,
+    forgetting_attention_forward_kernel[(num_programs,)](
+        *tensors, sums.within, sums.starts, first_key, lse, *(marks or (first_key, first_key))[:2], scale * LOG2_E,
         num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], sums.within.stride(0),
         sums.starts.stride(0), G=num_heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_T=tiles.block_t,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import LOG2_E
-from .tile_sizes import architecture, padded_head_dim
+from .tile_sizes import architecture, padded_head_dim, programs_at_once
 from .triton_decode import (
     SLOTS,
     UNIT_COST,
@@ -23,7 +23,6 @@ from .triton_decode import (
     _at,
     _cdiv,
     _load_rows,
-    _num_programs,
     _power_of_2,
     _unit_tiles,
     combine_kernel,
@@ -232,7 +231,7 @@ def forward(
     units_per_head = _cdiv(groups * num_queries, tiles.block_r)
     num_units = batch * num_kv_heads * units_per_head
     num_rows = min(tiles.block_r, groups * num_queries)
-    num_programs = _num_programs(q.device, tiles.programs_per_sm)
+    num_programs = programs_at_once(q.device, tiles.programs_per_sm)
     out = torch.empty_like(q)
     partial = torch.empty(num_programs + num_units, num_rows, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(2, num_programs + num_units, num_rows, dtype=torch.float32, device=q.device)
