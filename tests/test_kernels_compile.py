@@ -24,7 +24,7 @@ ATTENTION = tuple(
 WORTH_THEIR_SPILLS = {
     ("forgetting_attention_backward_key_kernel", 128, "sm_90"): 60,
     ("gluon_backward_kernel", 64, "sm_90"): 1,
-    # Three warpgroups: 3.27 ms where two took 3.58 (16384 tokens, 48 heads). Triton 3.6 spills none of them; 3.9
+    # Three warpgroups: 3.40 ms where two took 3.58 (16384 tokens, 48 heads). Triton 3.6 spills none of them; 3.9
     # spills 3 or 4 in each loop over whole blocks, the rest (at 128 channels: all) where a tile passes once or twice.
     ("gluon_forward_kernel", 64, "sm_90"): 400,
     ("gluon_forward_kernel", 128, "sm_90"): 12,
