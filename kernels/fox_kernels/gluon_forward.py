@@ -72,7 +72,7 @@ def _not_before(x):
     """`x`, sums of weights: what waits after this does so after they are there.
 
     ptxas knows of no tie between a wait for products and other arithmetic, and would wait before the exponentials that
-    are to run beside the products. A trap that depends on them, and never springs, it leaves where it is.
+    are to run beside the products. A barrier that depends on them, and is never executed, it leaves there.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred below; setp.lt.f32 below, $1, 0f00000000; @below bar.arrive 12, 256; mov.b32 $0, $1; }",

@@ -175,6 +175,19 @@ def _unit_tiles(lowest_ptr, num_tiles, num_units, HAS_FIRST: tl.constexpr, UNITS
 
 
 @triton.jit
+def _own_tiles(lane, tiles, ends, num_units):
+    """This program, its tiles begin .. end - 1 of all units in a row, and the first and last unit that have some."""
+    total = tl.sum(tiles, axis=0)
+    program = tl.program_id(0).to(tl.int64)
+    num_programs = tl.minimum(tl.num_programs(0), total)
+    begin = (program * total // num_programs).to(tl.int32)
+    end = ((program + 1) * total // num_programs).to(tl.int32)
+    first_unit = tl.sum((ends <= begin).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
+    last_unit = tl.sum((ends < end).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
+    return program, begin, end, first_unit, last_unit
+
+
+@triton.jit
 def _at(lane, index, values):
     return tl.sum(tl.where(lane == index, values, 0), axis=0)
 
@@ -202,13 +215,7 @@ def forgetting_attention_decode_kernel(
     num_keys = _num_keys(num_keys, length_ptr, ON_DEVICE)
     num_tiles = (num_keys + BLOCK_S - 1) // BLOCK_S
     lane, tiles, ends = _unit_tiles(lowest_ptr, num_tiles, num_units, HAS_FIRST, UNITS_PER_HEAD, BLOCK_S, LANES)
-    total = tl.sum(tiles, axis=0)
-    program = tl.program_id(0).to(tl.int64)
-    num_programs = tl.minimum(tl.num_programs(0), total)
-    begin = (program * total // num_programs).to(tl.int32)
-    end = ((program + 1) * total // num_programs).to(tl.int32)
-    first_unit = tl.sum((ends <= begin).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
-    last_unit = tl.sum((ends < end).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
+    program, begin, end, first_unit, last_unit = _own_tiles(lane, tiles, ends, num_units)
     d = tl.arange(0, BLOCK_D)
 
     for unit in range(first_unit, tl.minimum(last_unit + 1, num_units)):

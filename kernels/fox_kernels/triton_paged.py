@@ -23,6 +23,7 @@ from .triton_decode import (
     _at,
     _cdiv,
     _load_rows,
+    _own_tiles,
     _power_of_2,
     _unit_tiles,
     combine_kernel,
@@ -88,13 +89,7 @@ def forgetting_attention_paged_kernel(
     num_keys = tl.load(length_ptr).to(tl.int32)
     num_tiles = (num_keys + BLOCK_S - 1) // BLOCK_S
     lane, tiles, ends = _unit_tiles(lowest_ptr, num_tiles, num_units, True, UNITS_PER_HEAD, BLOCK_S, LANES)
-    total = tl.sum(tiles, axis=0)
-    program = tl.program_id(0).to(tl.int64)
-    num_programs = tl.minimum(tl.num_programs(0), total)
-    begin = (program * total // num_programs).to(tl.int32)
-    end = ((program + 1) * total // num_programs).to(tl.int32)
-    first_unit = tl.sum((ends <= begin).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
-    last_unit = tl.sum((ends < end).to(tl.int32) * (lane < num_units).to(tl.int32), axis=0)
+    program, begin, end, first_unit, last_unit = _own_tiles(lane, tiles, ends, num_units)
     d = tl.arange(0, BLOCK_D)
 
     for unit in range(first_unit, tl.minimum(last_unit + 1, num_units)):
