@@ -223,56 +223,6 @@ def test_two_updates_of_td3_are_those_of_stable_baselines3():
             torch.testing.assert_close(mine.detach(), their.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_many_runs_in_one_are_the_single_runs():
-    """Stacked networks, same rows, same noise: one update with actor and one without, against the agents' own."""
-    from fox_rl.experiments.many_td3 import ManyTD3
-
-    settings = options(batch_size=8, target_noise=0.2, policy_delay=2)
-    agents = []
-    for seed in (0, 1):
-        settings.seed = seed
-        agents.append(td3.Agent(settings))
-    many = ManyTD3([agent.network for agent in agents], 100, settings, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for number in (1, 2):
-        rows = torch.randn(2, 8, 2 * 3 + 1 + 2, generator=generator)
-        rows[..., -1] = (rows[..., -1] > 0).float()
-        noise = torch.randn(2, 8, 1, generator=generator)
-        for run, agent in enumerate(agents):
-            observation, action, following, reward, terminated = many.split(rows[run])
-            batch = dict(
-                observation=observation, action=action, following=following, reward=reward,
-                terminated=terminated.bool(),
-            )  # fmt: skip
-            agent.batch = lambda batch=batch: batch
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(torch, "randn_like", lambda x, drawn=noise[run]: drawn)
-                agent.learn()
-        many.learn(rows, noise, with_actor=number == 2)
-    for run, agent in enumerate(agents):
-        for stacked, net in ((many.actor, agent.actor), (many.target_actor, agent.target_actor)):
-            torch.testing.assert_close(stacked.weights[0][run].T, net[0].weight, rtol=1e-5, atol=1e-6)
-        for twin in (0, 1):
-            net = agent.target_critics.nets[twin]
-            torch.testing.assert_close(many.target_critics.weights[1][2 * twin + run].T, net[2].weight)
-            torch.testing.assert_close(
-                many.critics.biases[2][2 * twin + run, 0], agent.critics.nets[twin][4].bias, rtol=1e-5, atol=1e-6
-            )
-
-
-def test_the_control_has_the_mean_length_that_least_has_had_last():
-    from fox_rl.experiments.many_td3 import Runs
-    from fox_rl.learn_to_stop import hazard_for
-
-    world = Runs("Pendulum-v1", [("least", 3), ("random", 3), ("random", 4)], options(), threads=1)
-    world.meters[0].finished_lengths = [100] * 19
-    world.meters[0].lengths[:] = 39
-    ended = np.array([True, False, False])
-    world.finish(world.observation, np.zeros(3), ended, np.zeros(3, dtype=bool), np.zeros(3), np.zeros(3))
-    assert world.meters[0].finished_lengths[-1] == 40
-    assert [stopper.hazard for stopper in world.stoppers[1:]] == [hazard_for(97.0, 200), 0.0]
-
-
 def test_says_what_is_wrong():
     with pytest.raises(ValueError, match="stop must be none, least or random; got 'early'"):
         td3.train(options(stop="early"), quiet=True)

@@ -39,6 +39,10 @@ class Critics(nn.Module):
         x = torch.cat([observation, action], dim=-1)
         return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
+    def first(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The first value alone, `(B,)`."""
+        return self.nets[0](torch.cat([observation, action], dim=-1)).squeeze(-1)
+
 
 class ActorCritic(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers", tags=["reinforcement-learning"]):
     """Actor and two critics for bounded continuous actions.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fox_rl.returns import td_target
 
@@ -61,22 +61,42 @@ class Agent(off_policy.ContinuousAgent):
     def learn(self) -> dict[str, float]:
         """One update of the critics, and every `policy_delay` of them one of the actor and the targets."""
         options, batch = self.options, self.batch()
-        with torch.no_grad():
-            noise = (torch.randn_like(batch["action"]) * options.target_noise).clamp(-0.5, 0.5)
-            action = (self.target_actor(batch["following"]).tanh() + noise).clamp(-1, 1)
-            value = self.target_critics(batch["following"], action).amin(dim=0)
-            target = td_target(batch["reward"], value, batch["terminated"], options.discount)
-        loss = (self.critics(batch["observation"], batch["action"]) - target).square().mean(dim=1).sum()
+        noise = torch.randn_like(batch["action"])
+        loss = critic_loss(self.critics, self.target_critics, self.target_actor, batch, noise, options)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
         self.num_updates += 1
         if self.num_updates % options.policy_delay == 0:
-            observation = batch["observation"]
-            policy_loss = -self.critics.nets[0](torch.cat([observation, self.actor(observation).tanh()], -1)).mean()
-            off_policy.actor_step(self, policy_loss)
+            off_policy.actor_step(self, actor_loss(self.actor, self.critics, batch["observation"]))
             self.polyak((self.target_actor, self.actor, "actor"), (self.target_critics, self.critics, "critics"))
         return {"loss": loss.item()}
+
+
+def critic_loss(
+    critics: nn.Module, target_critics: nn.Module, target_actor: nn.Module, batch: dict[str, Tensor], noise: Tensor,
+    options: Options,
+) -> Tensor:  # fmt: skip
+    """Squared error: mean over the batch, summed over both critics, and over the runs where they are many.
+
+    Args:
+        critics, target_critics: `(..., B, O)` and `(..., B, A)` to `(2, ..., B)`.
+        target_actor: `(..., B, O)` to `(..., B, A)`, before the tanh.
+        batch: observation, action, reward, following, terminated.
+        noise: Standard normal, like the actions.
+        options: Deviation of the noise, discount.
+    """
+    with torch.no_grad():
+        noise = (noise * options.target_noise).clamp(-0.5, 0.5)
+        action = (target_actor(batch["following"]).tanh() + noise).clamp(-1, 1)
+        value = target_critics(batch["following"], action).amin(dim=0)
+        target = td_target(batch["reward"], value, batch["terminated"], options.discount)
+    return (critics(batch["observation"], batch["action"]) - target).square().mean(dim=-1).sum()
+
+
+def actor_loss(actor: nn.Module, critics: nn.Module, observation: Tensor) -> Tensor:
+    """Minus the first critic's value of the actor's action; shapes as in `critic_loss`."""
+    return -critics.first(observation, actor(observation).tanh()).mean(dim=-1).sum()
 
 
 def train(options: Options, quiet: bool = False) -> Agent:

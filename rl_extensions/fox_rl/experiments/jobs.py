@@ -6,6 +6,7 @@ A new experiment is one function that returns its jobs, and one entry in `EXPERI
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -158,7 +159,7 @@ def memory(seeds: int, steps: int | None) -> list[Job]:
 
 
 def train_many(
-    report: Report, env_id: str, runs: list[tuple[str, int]], steps: int, threads: int, graphs: bool = True
+    report: Report, env_id: str, runs: list[tuple[str, int]], steps: int, workers: int, graphs: bool = True
 ) -> None:
     """All arms and seeds of TD3 in one process."""
     from fox_rl.agents.td3 import Options
@@ -172,15 +173,16 @@ def train_many(
             report("all", 0, step, "seconds", time.perf_counter() - begin)
 
     options = Options(env_id=env_id, total_steps=steps, start_steps=5_000)
-    train(env_id, runs, options, timed, threads=threads, eval_every=max(1, steps // 15), graphs=graphs)
+    train(env_id, runs, options, timed, workers=workers, eval_every=max(1, steps // 15), graphs=graphs)
 
 
-def early_stop(env_id: str, name: str, threads: int) -> Callable[[int, int | None], list[Job]]:
-    """TD3, LEAST and random resets."""
+def early_stop(env_id: str, name: str) -> Callable[[int, int | None], list[Job]]:
+    """TD3, LEAST and random resets; a core for each environment where there are as many."""
 
     def jobs(seeds: int, steps: int | None) -> list[Job]:
         runs = [(arm, seed) for arm in ("none", "least", "random") for seed in range(seeds)]
-        settings = {"env_id": env_id, "runs": runs, "steps": steps or 300_000, "threads": threads}
+        workers = max(1, min(len(runs), (os.cpu_count() or 1) - 2))
+        settings = {"env_id": env_id, "runs": runs, "steps": steps or 300_000, "workers": workers}
         return [Job(name, "all", train_many, settings, 10_000)]
 
     return jobs
@@ -234,10 +236,10 @@ EXPERIMENTS = {
     "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
     "early-stop-halfcheetah": Experiment(
         "TD3, LEAST, random resets on HalfCheetah-v5 (mujoco, GPU)",
-        early_stop("HalfCheetah-v5", "early-stop-halfcheetah", 4),
+        early_stop("HalfCheetah-v5", "early-stop-halfcheetah"),
         seeds=4,
     ),
-    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant", 6), seeds=4),
+    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant"), seeds=4),
     "throughput": Experiment("steps/s next to Stable-Baselines3", throughput, seeds=3, score="steps_per_second"),
 }
 

@@ -17,10 +17,12 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fox_rl.experiments.jobs import EXPERIMENTS, Job, run_job
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, run_job, train_many
 from fox_rl.experiments.report import write_report
 
 COLUMNS = ("experiment", "job", "arm", "seed", "step", "metric", "value")
@@ -61,6 +63,16 @@ def work(job: Job, queue: Any) -> None:
     queue.put((key, None))
 
 
+@contextmanager
+def ended_at_last(running: dict[tuple[str, str], Any]) -> Iterator[None]:
+    """Terminate the processes that are left, however the block is left."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
 def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) -> int:
     """Run jobs in processes of their own, the longest first, equal ones as planned; returns how many were finished."""
     context = multiprocessing.get_context("spawn")
@@ -68,17 +80,16 @@ def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) ->
     running: dict[tuple[str, str], Any] = {}
     deadline = None if seconds is None else time.monotonic() + seconds
     finished = 0
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file, ended_at_last(running):
         writer = csv.writer(file)
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                process = context.Process(target=work, args=(job, queue), daemon=True)
+                # No daemon: a job may have processes of its own.
+                process = context.Process(target=work, args=(job, queue))
                 process.start()
                 running[(job.experiment, job.name)] = process
             if deadline is not None and time.monotonic() > deadline:
-                for process in running.values():
-                    process.terminate()
                 sys.stderr.write(f"time is up: {len(running)} jobs were cut off, {len(waiting)} not begun.\n")
                 break
             try:
@@ -139,6 +150,6 @@ def planned(options: argparse.Namespace) -> list[Job]:
         jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
     if options.eager:
         for job in jobs:
-            if "threads" in job.settings:
+            if job.run is train_many:
                 job.settings["graphs"] = False
     return jobs
