@@ -21,8 +21,6 @@ def save(folder, step, text="x"):
         step,
         lambda path: (path / "main.txt").write_text(text),
         lambda path: (path / "own.txt").write_text(text),
-        is_main=True,
-        barrier=lambda: None,
     )
 
 
@@ -102,7 +100,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(folder, monkeypatch, point)
         monkeypatch.setattr(ckpt.os, point, refuse)
     writers = (refuse if point == "main" else nothing, refuse if point == "own" else lambda path: None)
     with pytest.raises(CheckpointError, match="step_00000002 cannot be written: .*No space left"):
-        folder.save(2, *writers, is_main=True, barrier=lambda: None)
+        folder.save(2, *writers)
     monkeypatch.undo()
     assert names(folder) == ["step_00000001"]
     assert (folder.newest(print) / "main.txt").read_text() == "kept"

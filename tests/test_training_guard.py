@@ -88,13 +88,12 @@ def writers(text):
 def test_a_checkpoint_becomes_visible_in_the_background(tmp_path, monkeypatch):
     folder, let_go = CheckpointFolder(tmp_path, keep_last=2), threading.Event()
     seal = ckpt.seal_folder
-    monkeypatch.setattr(ckpt, "seal_folder", lambda work: let_go.wait(20) and seal(work))
-    options = {"is_main": True, "barrier": lambda: None, "background": True}
-    folder.save(1, *writers("1"), **options)
+    monkeypatch.setattr(ckpt, "seal_folder", lambda work, known: let_go.wait(20) and seal(work, known))
+    folder.save(1, *writers("1"), background=True)
     assert folder.all() == [] and (tmp_path / "step_00000001.tmp" / "main.txt").is_file()
     assert CheckpointFolder(tmp_path, 2).newest(print) is None  # what a run sees that was killed here
     let_go.set()
-    folder.save(2, *writers("2"), **options)
+    folder.save(2, *writers("2"), background=True)
     folder.wait()
     assert [path.name for path in folder.all()] == ["step_00000001", "step_00000002"]
     assert folder.newest(print).name == "step_00000002"
@@ -103,17 +102,16 @@ def test_a_checkpoint_becomes_visible_in_the_background(tmp_path, monkeypatch):
 
 def test_a_full_disk_in_the_background_is_an_error_of_the_next_save(tmp_path, monkeypatch):
     folder = CheckpointFolder(tmp_path, keep_last=2)
-    options = {"is_main": True, "barrier": lambda: None, "background": True}
-    folder.save(1, *writers("1"), **options)
+    folder.save(1, *writers("1"), background=True)
     folder.wait()
 
-    def full(work):
+    def full(work, known):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ckpt, "seal_folder", full)
-    folder.save(2, *writers("2"), **options)
+    folder.save(2, *writers("2"), background=True)
     with pytest.raises(CheckpointError, match="step_00000002 cannot be written: .*No space left"):
-        folder.save(3, *writers("3"), **options)
+        folder.save(3, *writers("3"), background=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     folder.close()
 

@@ -1,16 +1,18 @@
 """The same recipe on two processes, in every arrangement, is the run of one process to fp32 rounding."""
 
+import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import run_two
 from safetensors.torch import load_file
+from worker_training import train_all
 
 from fox_training.parallel import Parallel, clip_gradients
 from fox_training.recipe import RecipeError, load_recipe, recipe_to_dict
@@ -29,7 +31,7 @@ RECIPE = {
     "data": {"validation_ids": ["1797-Adams"], "sequence_length": 64, "batch_size": 4, "micro_batch_size": 2},
     "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
     "schedule": {"steps": 4, "warmup_steps": 2, "kind": "constant"},
-    "evaluation": {"every_steps": 2, "batch_size": 16},
+    "evaluation": {"every_steps": 2, "batch_size": 64},
     "checkpoint": {"every_steps": 2, "export": "best"},
     "tracking": {"log_every_steps": 1},
 }  # fmt: skip
@@ -54,7 +56,9 @@ ARRANGEMENTS = {
 }
 # CI runs some of them and a resume over FSDP2; FOX_ALL_ARRANGEMENTS=1 all, in two minutes more.
 ALL = os.environ.get("FOX_ALL_ARRANGEMENTS") == "1"
-OFTEN = ("tensor", "ulysses", "fsdp2-ring", "from-one")
+OFTEN = ("tensor", "ulysses", "fsdp2-ring", "ddp", "from-one", "from-two")
+FIRST_SHARD = "shard-00001-model-00001-of-00001.safetensors"
+SHARD = "parts/shard-00002-model-00001-of-00001.safetensors"
 # A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit.
 OTHERS = {
     "fsdp2-chunked": ["run.loss=chunked"],
@@ -90,31 +94,30 @@ def folder(tmp_path_factory):
     ]
     # What one process has begun, two go on with, and the other way round, in parts.
     runs.append({"environment": FSDP, "recipe": str(recipe), "overrides": [f"run.output_dir={folder / 'from-one'}"]})
-    expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "FSDP2"]
+    damaged = folder / "damaged"
+    runs.append({
+        "environment": ARRANGEMENTS["fsdp2-ring"], "recipe": str(recipe), "overrides": [f"run.output_dir={damaged}"],
+        "damaged": [str(folder / "fsdp2-ring"), str(damaged), f"checkpoints/step_00000004/{SHARD}"],
+    })  # fmt: skip
+    expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "FSDP2, ring 2"]
     if ALL:
         for name, overrides in OTHERS.items():
             alone(f"one-{name}", *overrides)
-        short = [f"run.output_dir={folder / 'from-two'}", "schedule.steps=2"]
-        runs.append({"environment": FSDP, "recipe": str(recipe), "overrides": short})
-        expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "ring 2", *["FSDP2"] * 4]
+        expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "ring 2", "FSDP2", "FSDP2, ring 2"]
+        expected += ["FSDP2"] * len(OTHERS)
     runs += [
         {"environment": FSDP, "recipe": str(recipe), "overrides": [f"run.output_dir={folder / name}", *overrides]}
         for name, overrides in OTHERS.items()
         if ALL
     ]
-    (folder / "runs.json").write_text(json.dumps(runs))
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "training", "tests"))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "worker_training.py"), str(folder / "runs.json")],
-        env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    said, _ = run_two(train_all, runs)
     # That each was what it says, and not two processes side by side.
-    said = re.findall(r"^model .* fp32 on cpu(?::0)?(?:, (.*))?$", done.stdout, re.MULTILINE)
-    assert said == expected, done.stdout
-    if ALL:
+    assert re.findall(r"^model .* fp32 on cpu(?::0)?(?:, (.*))?$", said, re.MULTILINE) == expected, said
+    (folder / "said.txt").write_text(said)
+    # What two have done, one goes on with; of the newest checkpoint, a part is missing.
+    shutil.copytree(folder / "fsdp2-ring", folder / "from-two")
+    (folder / "from-two" / "checkpoints" / "step_00000004" / SHARD).unlink()
+    with open(folder / "alone.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         alone("from-two")
     return folder
 
@@ -146,6 +149,41 @@ def test_two_processes_train_as_one_does(folder, name):
     if not ALL and name not in OFTEN:
         pytest.skip("FOX_ALL_ARRANGEMENTS=1 runs it")
     assert_same_run(folder / name, folder / "one")
+
+
+def test_each_process_writes_its_part_of_a_checkpoint(folder):
+    checkpoint = folder / "fsdp2-ring" / "checkpoints" / "step_00000004"
+    sizes = {path.name: path.stat().st_size for path in (checkpoint / "parts").iterdir()}
+    assert list(sizes) and sorted(sizes) == sorted([SHARD.removeprefix("parts/"), FIRST_SHARD])
+    # Weights, both moments of AdamW: all of it in two halves, to a row of each matrix.
+    parts = [load_file(path) for path in (checkpoint / "parts").iterdir()]
+    whole = load_file(folder / "one" / "checkpoints" / "step_00000004" / "model.safetensors")
+    for name, value in whole.items():
+        rows = [part[f"model.{name}"].shape[0] for part in parts if f"model.{name}" in part]
+        assert sum(rows) == value.shape[0] and max(rows) - min(rows) <= 1, name
+    assert not (checkpoint / "model.safetensors").exists()
+    assert set(load_file(checkpoint / "replicated.safetensors")) <= {
+        f"optimizer_0.{index}.step" for index in range(100)
+    }
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert {name: entry["bytes"] for name, entry in manifest.items() if name.startswith("parts/")} == {
+        f"parts/{name}": size for name, size in sizes.items()
+    }
+
+
+def test_a_damaged_part_costs_the_steps_since_the_checkpoint_before_it(folder):
+    """One line says so, and the same processes go on bit for bit."""
+    said = (folder / "said.txt").read_text()
+    assert len(re.findall(r"checkpoint step_00000004 is not usable: .*00002.* is damaged: its SHA-256", said)) == 1
+    assert "resumed from step_00000002, written by 2 process(es)" in said
+    assert figures(folder / "damaged") == figures(folder / "fsdp2-ring")
+    weights = [(folder / name / "model" / "model.safetensors").read_bytes() for name in ("damaged", "fsdp2-ring")]
+    assert weights[0] == weights[1]
+
+
+def test_a_missing_part_is_named(folder):
+    said = (folder / "alone.txt").read_text()
+    assert re.search(rf"checkpoint step_00000004 is not usable: .*{SHARD} is missing. Trying the one before it", said)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -178,32 +178,6 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    steps = ("schedule.steps=5", "data.batch_size=8", "data.micro_batch_size=2")
-    one = run_tiny(tmp_path, *steps, out="one")
-    recipe = write_recipe(tmp_path, *steps, out="two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    result = subprocess.run(
-        [*launch, *command(recipe)[2:]], env=environment(), capture_output=True, text=True, timeout=180, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 processes" in result.stdout
-    two = lines(tmp_path / "two")
-    for a, b in zip(lines(one), two, strict=True):
-        assert a["step"] == b["step"]
-        for key in ("loss", "grad_norm", "eval_loss"):
-            assert (key in a) == (key in b)
-            if key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-5)
-    assert (
-        json.loads((tmp_path / "two" / "checkpoints" / "step_00000005" / "state.json").read_text())["processes"] == 2
-    )
-    # The same global batches go on with one process.
-    whole = run_tiny(tmp_path, "schedule.steps=7", *steps[1:], out="one")
-    run_tiny(tmp_path, "schedule.steps=7", *steps[1:], out="two")
-    assert lines(tmp_path / "two")[-2]["loss"] == pytest.approx(lines(whole)[-2]["loss"], rel=1e-5)
-
-
 def test_a_launcher_that_accelerate_does_not_see_is_refused(tmp_path, monkeypatch):
     recipe = load_recipe(write_recipe(tmp_path))
     run_module.start_accelerator(recipe)

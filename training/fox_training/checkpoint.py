@@ -5,6 +5,7 @@
         average.safetensors          running mean of the weights, if there is one
         sparsity.safetensors         masks of the weights, if there are any
         optimizer_0.safetensors      state of each optimizer
+        parts/, replicated.safetensors   in place of the first, second and fourth where weights are spread (sharded.py)
         rng_00000.safetensors        random state of each process
         state.json                   step, data position, recipe, best validation loss
         manifest.json                size and SHA-256 of every file; written last
@@ -22,6 +23,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,34 +71,61 @@ def write_folder(final: Path, write: Callable[[Path], None], *, manifest: bool =
         raise CheckpointError(_cannot_write(final, error)) from error
 
 
-def seal_folder(folder: Path) -> None:
-    """Write the manifest and push every byte of the folder to the disk."""
+def seal_folder(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Write the manifest and push every byte to the disk; `known` has the entries of files that were already read."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    manifest = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    names = {p.relative_to(folder).as_posix(): p for p in files}
+    manifest = {name: (known or {}).get(name) or manifest_entry(p) for name, p in names.items()}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _fsync_all(folder)
 
 
-def verify_folder(folder: Path) -> None:
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def verify_folder(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Check every file against the manifest.
+
+    Args:
+        folder: With a manifest.
+        share: Which process of how many: each reads its share of the files, and all look at all sizes.
 
     Raises:
         CheckpointError: Naming the first file that is missing, short or changed.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, known in manifest.items():
+        for number, (name, known) in enumerate(manifest.items()):
             path = folder / name
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing.")
             if path.stat().st_size != known["bytes"]:
                 raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {known['bytes']}.")
-            if _sha256(path) != known["sha256"]:
+            if number % share[1] == share[0] and _sha256(path) != known["sha256"]:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 is not that of the manifest.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that write and read checkpoints together.
+
+    Attributes:
+        rank: Of this one; the main process is 0.
+        count: How many there are.
+        barrier: Waits for all.
+        gather: Takes a list of one object, returns those of all.
+    """
+
+    rank: int = 0
+    count: int = 1
+    barrier: Callable[[], None] = lambda: None
+    gather: Callable[[list[Any]], list[Any]] = lambda own: own
 
 
 class CheckpointFolder:
@@ -105,10 +134,12 @@ class CheckpointFolder:
     Args:
         root: OUT/checkpoints.
         keep_last: Newest checkpoints that stay.
+        processes: Of the run; default: this one alone.
     """
 
-    def __init__(self, root: Path, keep_last: int):
-        self.root, self.keep_last = root, keep_last
+    def __init__(self, root: Path, keep_last: int, processes: Processes | None = None):
+        self.root, self.keep_last, self.processes = root, keep_last, processes or Processes()
+        self.best = root / "best"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fox-checkpoint")
         self._pending: tuple[Path, Future] | None = None
 
@@ -118,7 +149,7 @@ class CheckpointFolder:
         return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
 
     def newest(self, say: Callable[[str], None]) -> Path | None:
-        """Newest checkpoint whose files are all intact; says which ones it passes over.
+        """Newest checkpoint whose files are all intact; says which ones it passes over. Every process calls this.
 
         Raises:
             CheckpointError: If there are checkpoints and none is intact: starting over silently would lose the run.
@@ -126,7 +157,7 @@ class CheckpointFolder:
         found = self.all()
         for path in reversed(found):
             try:
-                verify_folder(path)
+                self.verify(path)
                 return path
             except CheckpointError as error:
                 say(f"checkpoint {path.name} is not usable: {error} Trying the one before it.")
@@ -137,24 +168,46 @@ class CheckpointFolder:
             )
         return None
 
+    def verify(self, folder: Path) -> None:
+        """`verify_folder` shared out among the processes; every process calls this.
+
+        Raises:
+            CheckpointError: On every process, if one of them found something.
+        """
+        reason = None
+        try:
+            verify_folder(folder, (self.processes.rank, self.processes.count))
+        except CheckpointError as error:
+            reason = str(error)
+        reasons = [reason for reason in self.processes.gather([reason]) if reason is not None]
+        if reasons:
+            raise CheckpointError(reasons[0])
+
     def save(self, step: int, write_main: Callable[[Path], None], write_own: Callable[[Path], None],
-             *, is_main: bool, barrier: Callable[[], None], background: bool = False) -> Path:  # fmt: skip
+             write_parts: Callable[[Path], Any] | None = None, *, background: bool = False) -> Path:  # fmt: skip
         """Write the checkpoint of `step`; every process calls this.
 
         Args:
             step: Optimizer steps done.
             write_main: Writes what is the same on all processes; called on the main process only.
             write_own: Writes the files of this process, under names of its own.
-            is_main: Whether this is the main process.
-            barrier: Waits for all processes.
-            background: Return when the files are written, and let a thread make them durable and visible.
+            write_parts: Begins to write this process's parts of what is spread; returns a `sharded.Writing`.
+            background: Return when the files are written, or begun, and let a thread make them durable and visible.
 
         Raises:
             CheckpointError: If the disk refuses, this time or behind the save before it; the checkpoints before this
                 one are untouched.
         """
+        return self._write(self.root / f"{_PREFIX}{step:08d}", write_main, write_own, write_parts, background)
+
+    def save_best(self, write_main: Callable[[Path], None], write_parts: Callable[[Path], Any] | None = None,
+                  *, background: bool = False) -> Path:  # fmt: skip
+        """The same for checkpoints/best, which is replaced."""
+        return self._write(self.best, write_main, lambda folder: None, write_parts, background)
+
+    def _write(self, final, write_main, write_own, write_parts, background) -> Path:
         self.wait()
-        final = self.root / f"{_PREFIX}{step:08d}"
+        is_main, barrier = self.processes.rank == 0, self.processes.barrier
         work = final.with_name(final.name + _TEMPORARY)
         try:
             if is_main:
@@ -166,11 +219,12 @@ class CheckpointFolder:
             if is_main:
                 write_main(work)
             barrier()
-            if is_main:
-                self._pending = final, self._thread.submit(self._complete, work, final)
-                if not background:
-                    self.wait()
-            barrier()
+            writing = None if write_parts is None else write_parts(work)
+            if is_main or writing is not None:
+                self._pending = final, self._thread.submit(self._complete, work, final, writing)
+            if not background:
+                self.wait()
+                barrier()
         except (OSError, SafetensorError) as error:
             if is_main:
                 shutil.rmtree(work, ignore_errors=True)
@@ -189,17 +243,29 @@ class CheckpointFolder:
         try:
             future.result()
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(final.with_name(final.name + _TEMPORARY), ignore_errors=True)
+            if self.processes.rank == 0:
+                shutil.rmtree(final.with_name(final.name + _TEMPORARY), ignore_errors=True)
             raise CheckpointError(_cannot_write(final, error)) from error
 
     def close(self) -> None:
         """Let the save in the background end, whatever comes of it."""
         self._thread.shutdown(wait=True)
 
-    def _complete(self, work: Path, final: Path) -> None:
-        seal_folder(work)
-        _replace(work, final)
-        self._prune()
+    def _complete(self, work: Path, final: Path, writing: Any) -> None:
+        """Everything behind the last byte: hashes, manifest, rename. With parts, every process is here at once."""
+        failed = None
+        try:
+            known = {} if writing is None else writing.finish()
+            if self.processes.rank == 0:
+                seal_folder(work, known)
+                _replace(work, final)
+                self._prune()
+        except OSError as error:
+            failed = error
+        if writing is not None:
+            failed = writing.tell(failed) or failed
+        if failed is not None:
+            raise failed
 
     def _prune(self) -> None:
         for old in self.all()[: -self.keep_last]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ class Parallel:
     mesh: DeviceMesh | None = None
     checkpointing: bool = False
     _cut: Any = field(default=None, repr=False)
+    _disk: Any = field(default=None, repr=False)
 
     @classmethod
     def from_environment(cls, processes: int) -> Parallel:
@@ -231,6 +232,12 @@ class Parallel:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    def disk_group(self) -> dist.ProcessGroup:
+        """All processes, for the thread that writes checkpoints: on the CPU, and apart from what training sends."""
+        if self._disk is None:
+            self._disk = dist.new_group(backend="gloo")
+        return self._disk
+
     def local(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This process's part of a batch that it shares with others; the batch itself without context parallelism."""
         return batch if self._cut is None else self._cut.local(batch)
@@ -336,10 +343,10 @@ def parts_like(tensors: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) 
 
 def whole_weights(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
     """All weights and buffers on the CPU, tied ones once; see `whole_tensors`."""
-    return whole_tensors({names[0]: value for names, value in _by_tensor(model)}, keep=keep)
+    return whole_tensors({names[0]: value for names, value in tensors_with_names(model)}, keep=keep)
 
 
-def _by_tensor(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+def tensors_with_names(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
     """Every weight and buffer with all its names: tied ones have several."""
     found: dict[int, tuple[list[str], torch.Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -354,7 +361,7 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     Raises:
         ValueError: If a weight is missing or has another shape.
     """
-    for names, value in _by_tensor(model):
+    for names, value in tensors_with_names(model):
         name = next((name for name in names if name in tensors), None)
         if name is None:
             raise ValueError(f"there is no weight {names[0]}")
@@ -363,16 +370,8 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         value.copy_(part_like(tensors[name], value))
 
 
-def weights_writer(model: nn.Module, *, keep: bool) -> Callable[[Path], None]:
-    """Gather the weights if they are spread; returns what writes them as safetensors, where that is wanted."""
-    if not is_spread(model):
-        return lambda path: ckpt.save_weights(model, path)
-    tensors = whole_weights(model, keep=keep)
-    return lambda path: ckpt.save_tensors(tensors, path)
-
-
 def read_weights(model: nn.Module, path: Path) -> None:
-    """Load what `weights_writer` wrote, however the weights are spread now.
+    """Load what `checkpoint.save_weights` wrote, however the weights are spread now.
 
     Raises:
         CheckpointError: If the file is not of this model.
@@ -386,21 +385,8 @@ def read_weights(model: nn.Module, path: Path) -> None:
         raise ckpt.CheckpointError(f"{path} does not fit the model: {error}.") from error
 
 
-def optimizer_writer(optimizer: torch.optim.Optimizer, *, keep: bool) -> Callable[[Path], None]:
-    """The same for the state of an optimizer, by the numbers of its weights."""
-    if not any(is_spread(p) for group in optimizer.param_groups for p in group["params"]):
-        return lambda path: ckpt.save_optimizer(optimizer, path)
-    tensors = {
-        f"{index}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
-        for index, slot in optimizer.state_dict()["state"].items()
-        for name, value in slot.items()
-    }
-    tensors = whole_tensors(tensors, keep=keep)
-    return lambda path: ckpt.save_tensors(tensors, path)
-
-
 def read_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Load what `optimizer_writer` wrote, however the weights are spread now.
+    """Load what `checkpoint.save_optimizer` wrote, however the weights are spread now.
 
     Raises:
         CheckpointError: If the file cannot be read or is of other weights.

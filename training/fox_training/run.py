@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from . import checkpoint as ckpt
 from . import provenance
@@ -69,7 +69,14 @@ class Run:
 
     def __post_init__(self):
         self.guard = Guard(self.recipe.run.stop_on_spike)
-        self.checkpoints = ckpt.CheckpointFolder(self.out / "checkpoints", self.recipe.checkpoint.keep_last)
+        processes = ckpt.Processes(
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.wait_for_everyone,
+            gather_object,
+        )
+        keep_last = self.recipe.checkpoint.keep_last
+        self.checkpoints = ckpt.CheckpointFolder(self.out / "checkpoints", keep_last, processes)
 
     @property
     def device(self) -> torch.device:

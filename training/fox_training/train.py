@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from . import checkpoint as ckpt
-from . import parallel
+from . import parallel, sharded
 from .batches import Batches, evaluation_batches
 from .card import write_card
 from .flops import flops_per_token, peak_flops
 from .models import export_model, pruned_share, prunes
-from .optimizers import set_learning_rate
+from .optimizers import WeightAverage, set_learning_rate
 from .recipe import Recipe, RecipeError, UserError, changed_keys, load_recipe, recipe_to_dict
 from .recipe_help import describe_fields
 from .run import Run, lock_output, open_output, set_up, start_accelerator, write_descriptions
@@ -113,7 +113,7 @@ def train(
         try:
             with one_error_for_a_lost_process(run):
                 last = train_to_the_end(run, batches, first)
-            run.checkpoints.wait()
+                run.checkpoints.wait()
             return last
         finally:
             batches.close()
@@ -366,10 +366,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
         if is_best:
             run.best = {"step": step, "loss": values["eval_loss"]}
             if run.recipe.checkpoint.export == "best":
-                write_weights = parallel.weights_writer(run.model, keep=run.is_main)
-                if run.is_main:
-                    best = run.out / "checkpoints" / "best"
-                    ckpt.write_folder(best, lambda folder: write_best(run, folder, write_weights))
+                save_best(run)
         # A forward pass of one process alone, or of all where they need each other for it.
         if run.recipe.tracking.heads and has_gates(run.model) and (run.is_main or run.parallel.is_collective):
             watch_heads(run, step)
@@ -396,10 +393,34 @@ def watch_heads(run: Run, step: int) -> None:
         run.accelerator.log(by_layer(observed), step=step)
 
 
-def write_best(run: Run, folder: Path, write_weights: Callable[[Path], None]) -> None:
+def save_best(run: Run) -> None:
     """Weights of the lowest validation loss, and which step they are of."""
-    write_weights(folder / "model.safetensors")
-    ckpt.save_state({"best": run.best}, folder)
+    write_tensors, write_parts = tensor_writers(run.model, group=run.parallel.disk_group)
+
+    def write_main(folder: Path) -> None:
+        write_tensors(folder)
+        ckpt.save_state({"best": run.best}, folder)
+
+    run.checkpoints.save_best(write_main, write_parts, background=run.recipe.checkpoint.background)
+
+
+def tensor_writers(model, optimizers=(), average=None, *, group) -> tuple[Callable, Callable | None]:
+    """What writes weights and optimizers into a folder: by the main process, and by all where they hold parts."""
+    if parallel.is_spread(model):
+        tensors = sharded.collect(model, optimizers, average)
+        return (
+            lambda folder: sharded.write_replicated(tensors, folder),
+            lambda folder: sharded.Writing(tensors, folder, group()),
+        )
+
+    def write_main(folder: Path) -> None:
+        ckpt.save_weights(model, folder / "model.safetensors")
+        if average:
+            ckpt.save_tensors(average, folder / "average.safetensors")
+        for number, optimizer in enumerate(optimizers):
+            ckpt.save_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
+
+    return write_main, None
 
 
 def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
@@ -418,20 +439,15 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
         "recipe": recipe_to_dict(run.recipe),
     }
 
+    average = None if run.average is None else run.average.state_dict()
+    write_tensors, write_parts = tensor_writers(run.model, run.optimizers, average, group=run.parallel.disk_group)
     # Here and not below: where the processes hold parts, all of them must give theirs.
-    write_weights = parallel.weights_writer(run.model, keep=run.is_main)
-    write_optimizers = [parallel.optimizer_writer(x, keep=run.is_main) for x in run.optimizers]
-    average = {} if run.average is None else parallel.whole_tensors(run.average.state_dict(), keep=run.is_main)
     masks = {} if run.pruner is None else run.pruner.state_dict()
 
     def write_main(folder: Path) -> None:
-        write_weights(folder / "model.safetensors")
-        if average:
-            ckpt.save_tensors(average, folder / "average.safetensors")
+        write_tensors(folder)
         if masks:
             ckpt.save_tensors(masks, folder / "sparsity.safetensors")
-        for number, write in enumerate(write_optimizers):
-            write(folder / f"optimizer_{number}.safetensors")
         ckpt.save_state(state, folder)
 
     def write_own(folder: Path) -> None:
@@ -440,14 +456,7 @@ def save(run: Run, step: int, data_state: dict[str, Any]) -> None:
     for log_file in (run.metrics, run.heads):
         if log_file is not None:
             log_file.sync()
-    run.checkpoints.save(
-        step,
-        write_main,
-        write_own,
-        is_main=run.is_main,
-        barrier=run.accelerator.wait_for_everyone,
-        background=run.recipe.checkpoint.background,
-    )
+    run.checkpoints.save(step, write_main, write_own, write_parts, background=run.recipe.checkpoint.background)
 
 
 def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | None]:
@@ -466,14 +475,9 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
         raise RecipeError(f"checkpoint.resume is never and {folder} exists. Use another run.output_dir, or auto.")
     state = ckpt.load_state(folder)
     check_same_run(run, state, allow_recipe_change)
-    parallel.read_weights(run.model, folder / "model.safetensors")
-    if run.average is not None:
-        average = ckpt.load_tensors(folder / "average.safetensors")
-        run.average.load_state_dict(parallel.parts_like(average, run.average.state_dict()))
+    read_tensors(folder, run.model, run.optimizers, run.average)
     if run.pruner is not None:
         load_masks(run.pruner, folder)
-    for number, optimizer in enumerate(run.optimizers):
-        parallel.read_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
     if not ckpt.load_random_state(folder, run.accelerator.process_index, run.device):
         run.accelerator.print("random state restarted: the checkpoint was written by fewer processes.")
     run.loss_sum.fill_(state["loss_sum"])
@@ -483,6 +487,19 @@ def resume(run: Run, allow_recipe_change: bool) -> tuple[int, dict[str, Any] | N
     if state["data"] is None:
         raise RecipeError(f"{folder} has the position of a stream in an older form. Use another run.output_dir.")
     return state["step"], state["data"]
+
+
+def read_tensors(folder: Path, model, optimizers=(), average: WeightAverage | None = None) -> None:
+    """Inverse of `tensor_writers`, whichever of the two wrote, and on any number of processes."""
+    if sharded.is_sharded(folder):
+        sharded.read(folder, model, optimizers, average)
+        return
+    parallel.read_weights(model, folder / "model.safetensors")
+    if average is not None:
+        whole = ckpt.load_tensors(folder / "average.safetensors")
+        average.load_state_dict(parallel.parts_like(whole, average.state_dict()))
+    for number, optimizer in enumerate(optimizers):
+        parallel.read_optimizer(optimizer, folder / f"optimizer_{number}.safetensors")
 
 
 def load_masks(pruner: MaskedPruner, folder: Path) -> None:
@@ -547,13 +564,13 @@ def catch_signals(run: Run):
 
 def finish(run: Run) -> None:
     """Write OUT/model, which `from_pretrained` loads."""
+    run.checkpoints.wait()
     run.accelerator.wait_for_everyone()
-    best = run.out / "checkpoints" / "best"
     run.model.eval()
     with run.averaged():
         if run.recipe.checkpoint.export == "best":
-            ckpt.verify_folder(best)
-            parallel.read_weights(run.model, best / "model.safetensors")
+            run.checkpoints.verify(run.checkpoints.best)
+            read_tensors(run.checkpoints.best, run.model)
         # All that hold a part give theirs.
         weights = parallel.whole_weights(run.model, keep=run.is_main) if parallel.is_spread(run.model) else None
         if run.is_main:
