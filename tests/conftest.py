@@ -32,6 +32,14 @@ def _seed():
 
 
 @pytest.fixture
+def without_cards(monkeypatch):
+    """Training ends without its model card, whose figure takes longer than a tiny run."""
+    from fox_training import train
+
+    monkeypatch.setattr(train, "write_card", lambda out: None)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Every uninitialised floating tensor is full of NaN, every integer one of its largest value."""
     deterministic = torch.are_deterministic_algorithms_enabled()

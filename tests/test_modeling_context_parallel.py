@@ -2,34 +2,20 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_two
+from worker_context_parallel import compare_all
 
 from helpers import attention_inputs, tiny_fox
 from modeling_fox import ContextParallel
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def found():
     """What both processes printed; one launch for all tests here."""
-    paths = [ROOT, ROOT / "kernels", ROOT / "tests"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "worker_context_parallel.py")],
-        env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for said in run_two(compare_all) for line in said.splitlines() if line.startswith("{")]
 
 
 def test_loss_and_every_gradient_are_those_of_one_process(found):

@@ -1,24 +1,19 @@
 """FSDP2 on two processes: the masks and weights are those of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-
-WORKER = """
-import os, sys, torch
 import torch.distributed as dist
+from processes import run_two
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
 from fox_training.sparsity import MaskedPruner, SparsityConfig
+
 
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(9, 17), nn.ReLU(), nn.Linear(17, 7), nn.ReLU(), nn.Linear(7, 3))
+
 
 def train(model, config, share):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
@@ -33,69 +28,49 @@ def train(model, config, share):
             states = pruner.state_dict()
     return pruner, states
 
+
 def full(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-for options in (dict(), dict(allocation="global"), dict(method="rigl", every_steps=3), dict(method="static_random")):
-    config = SparsityConfig(final_sparsity=0.8, **options)
-    alone = net()
-    pruner, state = train(alone, config, slice(0, 8))
-    sharded = net()
-    for layer in (sharded[0], sharded[2], sharded[4]):
-        fully_shard(layer)
-    fully_shard(sharded)
-    parts, parts_state = train(sharded, config, slice(4 * rank, 4 * rank + 4))
-    assert sharded[0].weight.to_local().shape[0] in (8, 9), sharded[0].weight.to_local().shape
-    for (name, a), (_, b) in zip(alone.named_parameters(), sharded.named_parameters(), strict=True):
-        torch.testing.assert_close(a.detach(), full(b).detach(), rtol=1e-5, atol=1e-6, msg=f"{options} {name}")
-        if a.ndim > 1:
-            assert torch.equal(a == 0, full(b) == 0), f"{options} {name}"
-    assert parts.counts() == pruner.counts()
-    assert set(state) == set(parts_state) and all(torch.equal(state[k], parts_state[k]) for k in state), options
-    # What one process saved, two load, and a whole target network takes the masks of a sharded one.
-    parts.load_state_dict(state)
-    assert parts.step_count == 12
-    target = net()
-    parts.apply_to(target)
-    pruner.load_state_dict(parts_state)
-    zeros = {n: target.get_parameter(n)[~keep] for n, keep in pruner.masks.items()}
-    assert all(torch.equal(z, torch.zeros_like(z)) for z in zeros.values())
-dist.barrier()
-dist.destroy_process_group()
-print("rank", rank, "agrees")
-"""
+
+def agree():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for options in ({}, {"allocation": "global"}, {"method": "rigl", "every_steps": 3}, {"method": "static_random"}):
+        config = SparsityConfig(final_sparsity=0.8, **options)
+        alone = net()
+        pruner, state = train(alone, config, slice(0, 8))
+        sharded = net()
+        for layer in (sharded[0], sharded[2], sharded[4]):
+            fully_shard(layer)
+        fully_shard(sharded)
+        parts, parts_state = train(sharded, config, slice(4 * rank, 4 * rank + 4))
+        assert sharded[0].weight.to_local().shape[0] in (8, 9), sharded[0].weight.to_local().shape
+        for (name, a), (_, b) in zip(alone.named_parameters(), sharded.named_parameters(), strict=True):
+            torch.testing.assert_close(a.detach(), full(b).detach(), rtol=1e-5, atol=1e-6, msg=f"{options} {name}")
+            if a.ndim > 1:
+                assert torch.equal(a == 0, full(b) == 0), f"{options} {name}"
+        assert parts.counts() == pruner.counts()
+        assert set(state) == set(parts_state) and all(torch.equal(state[k], parts_state[k]) for k in state), options
+        # What one process saved, two load, and a whole target network takes the masks of a sharded one.
+        parts.load_state_dict(state)
+        assert parts.step_count == 12
+        target = net()
+        parts.apply_to(target)
+        pruner.load_state_dict(parts_state)
+        zeros = {n: target.get_parameter(n)[~keep] for n, keep in pruner.masks.items()}
+        assert all(torch.equal(z, torch.zeros_like(z)) for z in zeros.values())
+    dist.barrier()
+    dist.destroy_process_group()
+    print("rank", rank, "agrees")
 
 
-def test_two_fsdp2_processes_prune_as_one_does(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "training"),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, process in enumerate(processes):
-        out, err = process.communicate(timeout=180)
-        assert process.returncode == 0 and f"rank {rank} agrees" in out, err[-3000:]
+def test_two_fsdp2_processes_prune_as_one_does():
+    for rank, said in enumerate(run_two(agree, timeout=180)):
+        assert f"rank {rank} agrees" in said
 
 
 def test_fsdp1_is_refused_by_name():
-    import pytest
 
     from fox_training.sparsity import MaskedPruner, SparsityConfig
 

@@ -1,7 +1,6 @@
-"""Run by test_modeling_context_parallel.py on each of two processes: parts of rows give what whole rows give."""
+"""Called by test_modeling_context_parallel.py on each of two processes: parts of rows give what whole rows give."""
 
 import json
-import os
 from contextlib import nullcontext
 
 import torch
@@ -108,20 +107,12 @@ def refusals():
             yield {"refused": name, "message": str(error)}
 
 
-def tell(found):
-    """One write a line, or those of the two processes would mix."""
-    os.write(1, f"{json.dumps(found)}\n".encode())
-
-
-def main():
+def compare_all():
+    """Prints one line of JSON for each case."""
     distributed.init_process_group("gloo")
     for case in CASES:
         for packing in PACKINGS.get(case[0], ("packed",)):
-            tell(compare(*case, packing))
+            print(json.dumps(compare(*case, packing)))
     for found in refusals():
-        tell(found)
+        print(json.dumps(found))
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
