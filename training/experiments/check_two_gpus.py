@@ -6,19 +6,27 @@
    ones, with pruning and without. No gradient is further from one GPU's in fp32 than twice what one GPU's in bf16 is.
 2. DDP, FSDP2 and FSDP2 with the ring, ten steps of AdamW: the losses are those of one GPU to 1e-2, and the time of a
    step beside that of one GPU.
+3. A checkpoint of FSDP2 that is written in parts while training goes on: what loads it, on two GPUs or one, has its
+   weights, and two go on bit for bit.
 
 Ends with status 1 if one of them fails. About a minute. On a CPU (--tokens 512) it takes gloo.
 """
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import distributed
 
+from fox_training import sharded
+from fox_training.checkpoint import CheckpointFolder, Processes
 from fox_training.parallel import Parallel, clip_gradients, plain_accelerate, whole
 from modeling_fox import FoxConfig, FoxForCausalLM
 
@@ -146,6 +154,61 @@ def check_steps(name, args, device, accelerator):
     return losses, float(weight), seconds
 
 
+def check_checkpoint(args, device, accelerator):
+    """Whether two GPUs, and this one alone, have what was saved; and how long the loop had to wait for it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the embedding's gradient
+    batch = tokens_and_positions(2, args.tokens // 4, True, device)
+    labels = torch.tensor(float(args.tokens // 4 - 1), device=device)
+    rank = distributed.get_rank()
+    mine = {key: value[rank : rank + 1] for key, value in batch.items()}
+    place = [tempfile.mkdtemp() if rank == 0 else None]
+    distributed.broadcast_object_list(place, src=0)
+
+    def start():
+        model = build(args.layers, None, device)
+        parallel, _ = arrange("FSDP2", model, accelerator)
+        return parallel, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(model, optimizer):
+        loss = loss_of(model, mine, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    parallel, model, optimizer = start()
+    step(model, optimizer)
+    saved = {name: whole(value) for name, value in model.state_dict().items()}
+    processes = Processes(rank, distributed.get_world_size(), distributed.barrier, gather_object)
+    folder = CheckpointFolder(Path(place[0]), 2, processes)
+    tensors = sharded.collect(model, [optimizer])
+    wait(device)
+    begin = time.perf_counter()
+    folder.save(
+        1, lambda path: sharded.write_replicated(tensors, path), lambda path: None,
+        lambda path: sharded.Writing(tensors, path, parallel.disk_group()), background=True,
+    )  # fmt: skip
+    waited = time.perf_counter() - begin
+    expected = [step(model, optimizer) for _ in range(3)]  # while it is being written
+    folder.wait()
+    newest = folder.newest(accelerator.print)
+    _, again, optimizer = start()
+    sharded.read(newest, again, [optimizer])
+    same = all(torch.equal(whole(value), saved[name]) for name, value in again.state_dict().items())
+    same = same and all(torch.equal(step(again, optimizer), loss) for loss in expected)
+    alone = build(args.layers, None, device)
+    with torch.no_grad():
+        for weight in alone.parameters():
+            weight.zero_()
+    sharded.read(newest, alone)
+    same_alone = all(torch.equal(value, saved[name]) for name, value in alone.state_dict().items())
+    sizes = [path.stat().st_size for path in (newest / sharded.PARTS).iterdir()]
+    distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(place[0])
+    return same, same_alone, sizes, waited
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65_536, metavar="T", help="in a row (default: %(default)s)")
@@ -172,6 +235,9 @@ def main():
         error = float((losses - expected).abs().max())
         text = f"{name}: losses of {STEPS} steps within {error:.1e}, norm of a weight {weight:.4f} and {norm:.4f}"
         say(f"{text}; {alone / seconds:.2f} x the speed of one GPU", error < 1e-2 and abs(weight / norm - 1) < 1e-3)
+    two, one, sizes, waited = check_checkpoint(args, device, accelerator)
+    text = f"checkpoint in parts of {' and '.join(f'{size / 1e6:.1f}' for size in sizes)} MB, begun in {waited:.2f} s"
+    say(f"{text}: two GPUs go on bit for bit {two}, one has the weights {one}", two and one and len(sizes) == 2)
     distributed.destroy_process_group()
     return 1 if failed else 0
 

@@ -60,6 +60,7 @@ def parser():
     add("--recipe", type=Path, default=ROOT / "training/recipes/python_files.yaml", help="default: %(default)s")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     add("--seeds", type=int, default=2, help="runs of each arm; default: %(default)s")
+    add("--runs", nargs="+", metavar="ARM-SEED", help="just these, as fox-acp-2 transformer-1, instead of all of both")
     add("--seconds", type=float, default=420, help="for everything; default: %(default)s")
     add("--steps", type=int, help="optimizer steps of each run; default: what fits into --seconds")
     add("--ngram-bytes", type=int, default=100_000_000, help="training text of the n-grams; default: %(default)s")
@@ -97,6 +98,7 @@ class Experiment:
         return self.args.seconds - (time.monotonic() - self.began)
 
     def run(self):
+        self.runs()  # a mistake in --runs shows here
         self.prepare()
         # A server that was started before CUDA: its children hold no device.
         with ProcessPoolExecutor(2, get_context("forkserver")) as pool:
@@ -104,19 +106,28 @@ class Experiment:
             self.baselines = {"ngrams": pool.submit(fit_ngrams, *texts), "zstd": pool.submit(compress, *texts[:2])}
             steps = self.args.steps or self.calibrated_steps()
             self.summary["steps"] = steps
-            self.say(f"{steps} steps for each of {self.args.seeds} x {len(self.args.arms)} runs")
+            self.say(f"{steps} steps for each of {len(self.runs())} runs")
             longest = 0.0
-            for seed in range(self.args.seeds):
-                for arm in self.args.arms:
-                    if self.args.steps is None and self.remaining() < 0.9 * longest:
-                        self.say(f"no time left for {arm}, seed {seed}")
-                        continue
-                    longest = max(longest, self.train(arm, seed, steps))
-                    self.write()
+            for arm, seed in self.runs():
+                if self.args.steps is None and self.remaining() < 0.9 * longest:
+                    self.say(f"no time left for {arm}, seed {seed}")
+                    continue
+                longest = max(longest, self.train(arm, seed, steps))
+                self.write()
             for future in self.baselines.values():
                 future.result()
         self.write()
         self.say("done")
+
+    def runs(self):
+        """Arm and seed of each run, in order."""
+        if self.args.runs is None:
+            return [(arm, seed) for seed in range(self.args.seeds) for arm in self.args.arms]
+        named = [name.rpartition("-") for name in self.args.runs]
+        wrong = [f"{arm}{dash}{seed}" for arm, dash, seed in named if arm not in ARMS or not seed.isdigit()]
+        if wrong:
+            raise SystemExit(f"--runs must name {', '.join(ARMS)} and a seed, as fox-acp-2; got {wrong[0]}.")
+        return [(arm, int(seed)) for arm, _, seed in named]
 
     def evaluated_documents(self):
         from fox_training.recipe import load_recipe
@@ -163,7 +174,7 @@ class Experiment:
         train(recipe)
         last = read_lines(out / "metrics.jsonl")
         speed = max(line["tokens_per_second"] for line in last if "loss" in line)
-        runs = self.args.seeds * len(self.args.arms)
+        runs = len(self.runs())
         seconds = 0.92 * self.remaining() / runs - SECONDS_BESIDES
         tokens = recipe.data.batch_size * recipe.data.sequence_length
         self.summary["calibration_tokens_per_second"] = speed
