@@ -43,7 +43,9 @@ class StackedMLP(nn.Module):
         """`(N, B, in)` to `(N, B, out)`, or the same of the first `count` networks alone."""
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias[:count], x, weight[:count])
+            if count is not None:
+                weight, bias = weight[:count], bias[:count]
+            x = torch.baddbmm(bias, x, weight)
             x = x.relu() if i < last else x
         return x
 
