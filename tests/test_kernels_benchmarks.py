@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,64 @@ def test_memory_and_time_rows_do_not_mix(benchmark, tmp_path):
     assert [row["p50_ms"] for row in common.read_rows(path)] == ["1.5", "2.5"]
     with pytest.raises(SystemExit, match="has other columns"):
         common.append_rows(path, ["op", "extra_mib"], [])
+
+
+@pytest.mark.parametrize("heads", [5, 12])
+def test_gates_of_a_trained_model_fill_any_shape_and_its_norms_bound_the_logits(heads, benchmark, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    common, bench = benchmark("_common"), benchmark("bench_forgetting_attention")
+    gates, longer = (-torch.rand(2, 1, 4, length).bfloat16() for length in (100, 300))
+    norms = {name: torch.rand(2, 4, 16) + 0.5 for name in ("q_norm", "k_norm")}
+    safetensors.save_file({"log_fgate": gates, "log_fgate_long": longer, **norms}, tmp_path / "gates.safetensors")
+    for length, file in ((100, gates), (250, longer), (400, longer)):
+        (q, k, _, got), bound = bench.workload(2, heads, length, 16, "cpu", tmp_path / "gates.safetensors")
+        assert got.shape == (2, heads, length) and got.dtype == torch.float32 and bound.shape == (2, heads)
+        count = min(length, file.shape[-1])
+        rows = [file[layer, 0, h, :count].float() for layer in range(2) for h in range(4)]
+        found = [next(i for i, row in enumerate(rows) if torch.equal(row, x[:count])) for x in got[0].detach()]
+        assert len(set(found)) == min(heads, 8), "a head twice before every head once"
+        logits = (q @ k.transpose(-1, -2)).float() * 16**-0.5
+        assert (logits.abs().amax((2, 3)) <= bound).all()
+        assert (bound <= 1.02 * 4.0 * (norms["q_norm"] * norms["k_norm"]).max()).all()
+    assert common.trained(tmp_path / "gates.safetensors", 1, 3, 50, 32, "cpu").q_norm.eq(1.0).all()
+
+
+def test_a_peer_that_hangs_is_ended_and_what_it_measured_before_is_kept(benchmark, tmp_path, monkeypatch, capfd):
+    bench = benchmark("bench_forgetting_attention")
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import sys, time\n"
+        "assert sys.argv[1:] == ['--shapes', '1,1,1,1', '--skip-tests', '--peer', 'official']\n"
+        "print('compiling')\n"
+        'print(\'ROW {"op": "official", "tested": false}\', flush=True)\n'
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(script))
+    options = SimpleNamespace(limit=3.0, skip_tests=False)
+    assert bench.of_a_peer("official", options, ["--shapes", "1,1,1,1"]) == [{"op": "official", "tested": True}]
+    out = capfd.readouterr().out
+    assert "compiling" in out and "official: ended, nothing more within 3.0 s" in out
+
+
+def test_peers_take_the_first_configuration_of_a_kernel(benchmark, monkeypatch):
+    from triton.runtime.autotuner import Autotuner
+
+    monkeypatch.setattr(Autotuner, "run", lambda self: self.configs)
+    benchmark("_peers").without_autotuning()
+    assert Autotuner.run(SimpleNamespace(configs=["first", "second"])) == ["first"]
+
+
+def test_memory_is_told_as_a_ratio_to_cudnn_of_the_same_shape(benchmark):
+    bench = benchmark("bench_forgetting_attention")
+    rows = [
+        {"op": op, **bench.sizes(shape), "extra_mib": mib, "over_cudnn": ""}
+        for op, shape, mib in (
+            ("fox", (1, 2, 3, 4), 3.0),
+            ("sdpa-cudnn", (1, 2, 3, 4), 2.0),
+            ("fox", (1, 1, 1, 1), 5.0),
+        )
+    ]
+    assert [row["over_cudnn"] for row in bench.with_ratios(rows)] == [1.5, 1.0, ""]
 
 
 def test_shapes_are_read_or_refused(benchmark):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,14 +33,50 @@ def log_gates(batch, heads, length, generator):
     return -decay[:, None] * torch.empty(batch, heads, length, device=where).exponential_(generator=generator)
 
 
-def rms_normalised(x):
-    """As QK-norm with weight 1 leaves queries and keys."""
-    return (x.float() / x.float().square().mean(-1, keepdim=True).sqrt()).to(x.dtype)
+def rms_normalised(x, weight=1.0):
+    """As QK-norm leaves queries and keys."""
+    return (weight * x.float() / x.float().square().mean(-1, keepdim=True).sqrt()).to(x.dtype)
 
 
 def logit_bound(head_dim):
     """Of RMS-normalised queries and keys: sqrt(D), and 1 % for their rounding to bfloat16."""
     return 1.01 * head_dim**0.5
+
+
+class Trained(NamedTuple):
+    """Gates and QK-norms of a trained model, as training/experiments/compare_on_real_text.py leaves them.
+
+    Attributes:
+        log_fgate: `(B, H, T)` float32, nats.
+        q_norm, k_norm: `(H, 1, D)`, weights of the norms; 1 where the model's heads have another width.
+        bound: `(B, H)`: no logit of these queries and keys is larger.
+    """
+
+    log_fgate: torch.Tensor
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+    bound: torch.Tensor
+
+
+def trained(path, batch, heads, length, head_dim, where):
+    """`heads` of the model's heads, evenly from all its layers. What the file has too little of is repeated.
+
+    Sequences after the first begin elsewhere in the text, text that is too short begins again, and so do the heads.
+    """
+    from safetensors.torch import load_file
+
+    file = load_file(path)
+    every = file["log_fgate" if file["log_fgate"].shape[-1] >= length else "log_fgate_long"]
+    every = every[:, 0].flatten(0, 1).float()  # (layers * H, T)
+    picked = torch.linspace(0, len(every) - 1, heads).round().long() if heads <= len(every) else torch.arange(heads)
+    picked %= len(every)
+    at = torch.arange(length) + torch.arange(batch)[:, None] * (every.shape[-1] // batch)
+    gates = every[picked][:, at % every.shape[-1]].transpose(0, 1)
+    norms = [file[name].flatten(0, 1)[picked, None] for name in ("q_norm", "k_norm")]
+    if norms[0].shape[-1] != head_dim:
+        norms = [torch.ones(heads, 1, head_dim)] * 2
+    bound = logit_bound(head_dim) * (norms[0] * norms[1]).abs().amax((1, 2))
+    return Trained(*(x.to(where).contiguous() for x in (gates, *norms, bound.expand(batch, heads))))
 
 
 def parser(doc, *, shapes, letters, results):
@@ -48,6 +85,10 @@ def parser(doc, *, shapes, letters, results):
     out.add_argument("--shapes", nargs="+", default=shapes, metavar=letters, help="default: %(default)s")
     out.add_argument("--csv", default=FOLDER / results, type=Path, help="rows are appended; default: %(default)s")
     out.add_argument("--skip-tests", action="store_true", help="time without testing first; the rows say so")
+    if results is not None:
+        out.add_argument(
+            "--gates", type=Path, metavar="FILE", help="gates and norms of a trained model as the workload"
+        )
     out.add_argument("--commit", help="what to write where the folder is no git checkout (default: asks git)")
     return out
 
@@ -95,10 +136,11 @@ def environment(options):
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__, "triton": triton.__version__, "commit": options.commit or commit(),
         "tested": not options.skip_tests, "date": datetime.date.today().isoformat(),
+        "note": f"gates of {options.gates.name}" if getattr(options, "gates", None) else "",
     }  # fmt: skip
 
 
-ENVIRONMENT = ["gpu", "torch", "triton", "commit", "tested", "date"]
+ENVIRONMENT = ["gpu", "torch", "triton", "commit", "tested", "date", "note"]
 
 
 def append_rows(path, columns, rows):

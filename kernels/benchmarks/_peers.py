@@ -1,12 +1,15 @@
 """Other implementations of the same attention: PyTorch's own, and packages that may be installed.
 
-`contenders` names what it found; for each of the others it says why it is not there.
+`contenders` names what it found; for each of the others it says why it is not there. The packages are timed in a
+process of their own that may be stopped: what they compile, and how often, is theirs. Triton's autotuner takes the
+first configuration of each of their kernels: trying all of them takes flash-linear-attention minutes a shape.
 """
 
 import inspect
+from functools import partial
 
 import torch
-from _common import LOG_TOLERANCE, logit_bound
+from _common import LOG_TOLERANCE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fox_kernels import forgetting_attention
@@ -66,13 +69,37 @@ def _official(q, k, v, log_fgate, **options):
     return lambda: official(q, k, v, log_fgate, head_first=True, **options)
 
 
-def contenders(q, k, v, log_fgate):
+PEERS = {
+    "flex-attention": _flex_attention,
+    "flash-linear-attention": _flash_linear_attention,
+    "official": _official,
+    "official-acp": partial(_official, adaptive_threshold="auto"),
+}
+NOTES = {
+    "flash-linear-attention": "first configuration of its autotuner",
+    "official": "first configuration of its autotuner",
+    "official-acp": "first configuration of its autotuner",
+}
+
+
+def without_autotuning():
+    """From now on every autotuned Triton kernel takes the first of its configurations."""
+    from triton.runtime.autotuner import Autotuner
+
+    run = Autotuner.run
+
+    def run_first(self, *args, **kwargs):
+        self.configs = self.configs[:1]
+        return run(self, *args, **kwargs)
+
+    Autotuner.run = run_first
+
+
+def contenders(q, k, v, log_fgate, bound):
     """name -> (function of no arguments, tensors that get gradients), and the options of ours that prune."""
     every = (q, k, v, log_fgate)
     rules = {
-        f"fox-acp-{rule}": dict(
-            log_pruning_tolerance=LOG_TOLERANCE, logit_bound=logit_bound(q.shape[-1]), pruning_rule=rule
-        )
+        f"fox-acp-{rule}": dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound, pruning_rule=rule)
         for rule in ("paper", "tight")
     }
     found = {
@@ -84,15 +111,4 @@ def contenders(q, k, v, log_fgate):
             for name, options in rules.items()
         },
     }
-    peers = {
-        "flex-attention": lambda: _flex_attention(*every),
-        "flash-linear-attention": lambda: _flash_linear_attention(*every),
-        "official": lambda: _official(*every),
-        "official-acp": lambda: _official(*every, adaptive_threshold="auto"),
-    }
-    for name, make in peers.items():
-        try:
-            found[name] = (make(), every)
-        except Exception as error:  # not installed, or made for other versions: either way it is said
-            print(f"{name}: not measured, {type(error).__name__}: {error}", flush=True)
     return found, rules

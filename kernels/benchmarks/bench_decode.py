@@ -32,6 +32,7 @@ from _common import (
     require_gpu,
     rms_normalised,
     run_tests,
+    trained,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -47,16 +48,24 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def workload(batch, heads, kv_heads, keys, head_dim, queries):
-    """q, k, v in bfloat16 and the sums of the gates of all keys."""
+def workload(batch, heads, kv_heads, keys, head_dim, queries, gates_file=None):
+    """q, k, v in bfloat16, gates, the sums of the gates of all keys, and the bound on the logits, `(B, H)`."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = (batch, heads, queries), (batch, kv_heads, keys), (batch, kv_heads, keys)
     q, k, v = (torch.randn(*shape, head_dim, device="cuda", generator=generator).bfloat16() for shape in shapes)
-    q, k = rms_normalised(q), rms_normalised(k)
-    gates = log_gates(batch, heads, keys, generator)
+    if gates_file is None:
+        q, k = rms_normalised(q), rms_normalised(k)
+        gates = log_gates(batch, heads, keys, generator)
+        bound = torch.full((1, 1), logit_bound(head_dim), device="cuda").expand(batch, heads)
+    else:
+        gates, q_norm, k_norm, bound = trained(gates_file, batch, heads, keys, head_dim, "cuda")
+        if kv_heads < heads:  # norms of shared keys: those of the first head that shares them
+            k_norm = k_norm[:: heads // kv_heads]
+            bound = logit_bound(head_dim) * (q_norm.abs().amax(-1) * k_norm.abs().amax()).T.expand(batch, heads)
+        q, k = rms_normalised(q, q_norm), rms_normalised(k, k_norm)
     growing = empty_sums(batch, heads, keys + queries, "cuda")
     append_gates(growing, gates, 0)
-    return q, k, v, gates, growing
+    return q, k, v, gates, growing, bound
 
 
 def quantiles(function, repeats=100):
@@ -96,11 +105,10 @@ def bytes_per_ms():
     return 2 * source.numel() / quantiles(lambda: target.copy_(source))[1]
 
 
-def contenders(q, k, v, gates, growing):
+def contenders(q, k, v, gates, growing, bound):
     """name -> function of no arguments."""
     groups = q.shape[1] // k.shape[1]
     num_keys, queries = k.shape[2], q.shape[2]
-    bound = torch.full((1, 1), logit_bound(q.shape[-1]), device="cuda").expand(q.shape[:2])
     pruning = dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound)
     # The heads of a group as rows that share its keys: the best that dense attention can do.
     rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
@@ -119,7 +127,7 @@ def contenders(q, k, v, gates, growing):
         "fox": lambda: forgetting_attention_decode(q, k, v, growing.sums),
         "fox-acp-paper": lambda: forgetting_attention_decode(q, k, v, growing.sums, **pruning),
         "fox-acp-paper+append": with_append,
-    }, bound
+    }
 
 
 def survivors(q, k, growing, bound):
@@ -153,8 +161,8 @@ def sweep(q, k, v, growing, bound):
 
 def bench(shape, queries, rate, options, common):
     batch, heads, kv_heads, keys, head_dim = shape
-    q, k, v, gates, growing = workload(*shape, queries)
-    functions, bound = contenders(q, k, v, gates, growing)
+    q, k, v, gates, growing, bound = workload(*shape, queries, options.gates)
+    functions = contenders(q, k, v, gates, growing, bound)
     share = survivors(q, k, growing, bound)
     rows = []
     for (op, function), mode in itertools.product(functions.items(), ("eager", "graph")):
