@@ -91,6 +91,15 @@ def test_the_plans_are_what_results_describe():
     assert len(sizes) == 4 and max(sizes.values()) < 1.02 * min(sizes.values())
 
 
+def test_the_command_line_reaches_the_jobs():
+    arguments = ["early-stop-ant", "--seeds", "2", "--steps", "50", "--eager", "--env-workers", "3"]
+    (job,) = runner.planned(runner.build_parser().parse_args(arguments))
+    assert (job.settings["graphs"], job.settings["workers"], job.settings["steps"]) == (False, 3, 50)
+    assert job.settings["runs"] == [(arm, seed) for arm in ("none", "least", "random") for seed in (0, 1)]
+    (job,) = runner.planned(runner.build_parser().parse_args(["early-stop-ant"]))
+    assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 12
+
+
 def test_says_what_is_wrong(capsys):
     with pytest.raises(SystemExit):
         runner.main(["memory", "--workers", "0"])

@@ -110,8 +110,8 @@ def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) ->
     return finished
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     listing = "\n".join(f"    {name:24}{experiment.text}" for name, experiment in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m fox_rl.experiments", description=f"{__doc__}\nExperiments:\n{listing}", allow_abbrev=False,
@@ -126,10 +126,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=None, help="environment steps of a run (default: of each)")
     parser.add_argument("--seconds", type=float, default=None, help="stop everything after this time (default: never)")
     parser.add_argument("--eager", action="store_true", help="early-stop-*: no CUDA graphs")
+    parser.add_argument(
+        "--env-workers", type=int, default=None,
+        help="early-stop-*: processes that step the environments (default: one each, two cores left free)",
+    )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only write tables and figures from results.csv")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    options = build_parser().parse_args(argv)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
-        parser.error(f"--workers and --seeds must be at least 1; got {options.workers} and {options.seeds}")
+        build_parser().error(f"--workers and --seeds must be at least 1; got {options.workers} and {options.seeds}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.csv"
     missing = 0
@@ -148,8 +157,8 @@ def planned(options: argparse.Namespace) -> list[Job]:
     for name in options.names:
         experiment = EXPERIMENTS[name]
         jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
-    if options.eager:
-        for job in jobs:
-            if job.run is train_many:
-                job.settings["graphs"] = False
+    for job in jobs:
+        if job.run is train_many:
+            job.settings.update({"graphs": False} if options.eager else {})
+            job.settings.update({"workers": options.env_workers} if options.env_workers else {})
     return jobs
