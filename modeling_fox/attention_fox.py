@@ -23,6 +23,7 @@ Every backend takes `(module, query, key, value, attention_mask, scaling, log_fg
 `(B, T, H, D)` and the attention weights or None.
 """
 
+from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -265,30 +266,42 @@ def fold_decay(query, key, value, running, scaling):
     return query, key, value
 
 
-def attend_one_query(query, key, value, attention_mask, scaling, log_fgate):
+@lru_cache
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether PyTorch takes cuDNN's attention there, which makes a new plan for every number of keys, once a token."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def attend_one_query(query, key, value, attention_mask, scaling, log_fgate, cache_layer=None):
     """Decoding, T = 1: the decay is a single row, so it goes in as a mask and keys and values need no copy."""
     batch, num_heads, _, head_dim = query.shape
-    # Summed from the end, so that the recent tokens, which matter, are exact: sum of log f over the tokens after j.
-    decay = log_fgate.flip(-1).cumsum(dim=-1).flip(-1) - log_fgate
-    bias = decay.to(query.dtype).unsqueeze(2)
-    if attention_mask is not None:
-        is_bool = attention_mask.dtype == torch.bool
-        bias = bias.masked_fill(~attention_mask, float("-inf")) if is_bool else bias + attention_mask
+    bias = cache_layer.decay_to_last(query.dtype) if hasattr(cache_layer, "decay_to_last") else None
+    is_aligned = bias is not None
+    if bias is None:
+        # Summed from the end, so that the recent tokens, which matter, are exact.
+        bias = (log_fgate.flip(-1).cumsum(dim=-1).flip(-1) - log_fgate).to(query.dtype)
     # The query heads of a group become rows that share its keys.
     grouped = (batch, key.shape[1], -1)
-    out = F.scaled_dot_product_attention(
-        query.reshape(*grouped, head_dim), key, value, attn_mask=bias.reshape(*grouped, key.shape[2]), scale=scaling
-    )
+    rows, bias = query.reshape(*grouped, head_dim), bias.view(*grouped, key.shape[2])
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        bias.masked_fill_(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        bias.add_(attention_mask)
+    if is_aligned and query.is_cuda and head_dim % 8 == 0 and prefers_cudnn(query.device):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention.default
+        out = efficient(rows, key, value, bias, compute_log_sumexp=False, scale=scaling)[0]
+    else:
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scaling)
     return out.reshape(batch, 1, num_heads, head_dim)
 
 
 def sdpa_attention_forward(
-    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, **kwargs
+    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, cache_layer=None, **kwargs
 ):
     """PyTorch's own kernels on keys widened by the decay: linear memory, forward and backward."""
     num_queries, head_dim = query.shape[2:]
     if num_queries == 1:
-        return attend_one_query(query, key, value, attention_mask, scaling, log_fgate), None
+        return attend_one_query(query, key, value, attention_mask, scaling, log_fgate, cache_layer), None
     if attention_mask is None and key.shape[2] > num_queries:
         # Transformers makes no mask for the first tokens in a static cache; the rest of it is still empty.
         key, value, log_fgate = key[:, :, :num_queries], value[:, :, :num_queries], log_fgate[..., :num_queries]
@@ -303,14 +316,14 @@ def sdpa_attention_forward(
 
 
 def flex_attention_forward(
-    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, **kwargs
+    module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, cache_layer=None, **kwargs
 ):
     """FlexAttention with the decay in its score_mod. `attention_mask` is a `BlockMask`."""
     num_heads, num_queries = query.shape[1:3]
     if num_queries == 1:
         # A row of the mask costs nothing, while FlexAttention compiles anew as the keys grow.
         row = create_mask(attention_mask.mask_mod, query.shape[0], 1, 1, key.shape[2], device=query.device)
-        return attend_one_query(query, key, value, row, scaling, log_fgate), None
+        return attend_one_query(query, key, value, row, scaling, log_fgate, cache_layer), None
     groups = num_heads // key.shape[1]
     # FlexAttention shares keys between a power of two of heads only.
     if groups & (groups - 1):
@@ -401,7 +414,7 @@ def fox_acp_attention_forward(
         if sink is not None:
             nothing = log_fgate.new_zeros(query.shape[1])
             sink(nothing, nothing)
-        return sdpa_attention_forward(*context, attention_mask, scaling, log_fgate, document_starts)
+        return sdpa_attention_forward(*context, attention_mask, scaling, log_fgate, document_starts, cache_layer)
     if from_sums:
         return decode_from_sums(*context, attention_mask, scaling, cache_layer, used), None
     if num_keys is not None:
@@ -414,7 +427,7 @@ def fox_acp_attention_forward(
             position = torch.arange(key.shape[2], device=key.device)
             visible = torch.where(position >= attention_mask[:, None], 0.0, torch.finfo(query.dtype).min / 2)
             visible = visible.to(query.dtype)[:, None, None]
-        return attend_one_query(query, key, value, visible, scaling, log_fgate), None
+        return attend_one_query(query, key, value, visible, scaling, log_fgate, cache_layer), None
     tolerance = module.config.log_pruning_tolerance
     out = forgetting_attention(
         query,

@@ -58,6 +58,11 @@ def spare_length(length: int) -> int:
     return min(max(length // 8, 64), 4096)
 
 
+def may_write_in_place() -> bool:
+    """Whether a cache may write to memory that it has handed out: autograd keeps it, and Dynamo would have to know."""
+    return not (torch.is_grad_enabled() or is_torchdynamo_compiling())
+
+
 class GrowingMemory:
     """Memory of a tensor that grows along one dimension, with room for what comes next.
 
@@ -67,46 +72,58 @@ class GrowingMemory:
 
     def __init__(self, dim: int):
         self.dim = dim
+        self.drop()
+
+    def drop(self) -> None:
+        """Give the memory back."""
         self.memory: torch.Tensor | None = None
+        self.newest: torch.Tensor | None = None
+        self.is_inference = False
         self.used = 0
 
-    def append(self, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    def append(self, old: torch.Tensor | None, new: torch.Tensor, in_place: bool = True) -> torch.Tensor:
         """`torch.cat([old, new])`; a view of this memory, into which only `new` is copied if `old` was one too.
 
-        With gradients it is `torch.cat`: autograd keeps what it was given.
+        Args:
+            in_place: What `may_write_in_place` says; False for `torch.cat` itself.
         """
-        if old is None or old.numel() == 0:
+        if old is None or (old is not self.newest and old.numel() == 0):
             return new
-        if torch.is_grad_enabled() or is_torchdynamo_compiling():
-            self.memory = None
+        if not in_place:
+            self.drop()
             return torch.cat([old, new], dim=self.dim)
-        length, num_new = old.shape[self.dim], new.shape[self.dim]
-        if not self._continues(old, num_new):
-            shape = list(old.shape)
-            shape[self.dim] = length + num_new + spare_length(length + num_new)
-            self.memory = old.new_empty(shape)
-            self.memory.narrow(self.dim, 0, length).copy_(old)
-        self.memory.narrow(self.dim, length, num_new).copy_(new)
-        self.used = length + num_new
-        return self.memory.narrow(self.dim, 0, self.used)
+        self.make_room(old, new.shape[self.dim]).copy_(new)
+        return self.newest
 
-    def _continues(self, old: torch.Tensor, num_new: int) -> bool:
-        """Whether `old` is all that is in this memory, and there is room for more."""
-        memory = self.memory
+    def make_room(self, old: torch.Tensor, num_new: int) -> torch.Tensor:
+        """The places for `num_new` entries after `old`, to be written to; `newest` is then `old` with them."""
+        dim, memory, length = self.dim, self.memory, old.shape[self.dim]
+        end = length + num_new
+        if self.is_inference and not torch.is_inference_mode_enabled():
+            memory = None
+        if memory is None or end > memory.shape[dim] or not (old is self.newest or self._ends_with(old)):
+            shape = list(old.shape)
+            shape[dim] = end + spare_length(end)
+            self.memory = memory = old.new_empty(shape)
+            self.is_inference = memory.is_inference()
+            memory.narrow(dim, 0, length).copy_(old)
+        self.used = end
+        self.newest = memory.narrow(dim, 0, end)
+        return memory.narrow(dim, length, num_new)
+
+    def _ends_with(self, old: torch.Tensor) -> bool:
+        """Whether `old` is all that is in this memory."""
         return (
-            memory is not None
             # A copy of the layer may have gone on from the same tokens: then they are not the last any more.
-            and self.used == old.shape[self.dim]
-            and memory.data_ptr() == old.data_ptr()
-            and memory.stride() == old.stride()
-            and memory.shape[0] == old.shape[0]
-            and self.used + num_new <= memory.shape[self.dim]
-            and (torch.is_inference_mode_enabled() or not memory.is_inference())
+            self.used == old.shape[self.dim]
+            and self.memory.data_ptr() == old.data_ptr()
+            and self.memory.stride() == old.stride()
+            and self.memory.shape[0] == old.shape[0]
         )
 
     def shorten(self, length: int) -> None:
         """Only the first `length` entries are in use any more."""
-        self.used = min(self.used, length)
+        self.used, self.newest = min(self.used, length), None
 
 
 class Offloads:
@@ -162,10 +179,13 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
         self.log_fgate: torch.Tensor | None = None
         self.shift_keys: torch.Tensor | None = None
         self.shift_values: torch.Tensor | None = None
-        self._memory = {"keys": GrowingMemory(-2), "values": GrowingMemory(-2), "log_fgate": GrowingMemory(-1)}
+        dims = {"keys": -2, "values": -2, "log_fgate": -1, "decay": -1}
+        self._memory = {name: GrowingMemory(dim) for name, dim in dims.items()}
+        self._in_place = False
         self._drop_sums()
 
     def _drop_sums(self):
+        self._decay = self._last_decay = None
         self._sums = None
         self._num_summed = 0
 
@@ -176,14 +196,45 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._memory["keys"].append(self.keys, key_states)
-        self.values = self._memory["values"].append(self.values, value_states)
+        memory, self._in_place = self._memory, may_write_in_place()
+        self.keys = memory["keys"].append(self.keys, key_states, self._in_place)
+        self.values = memory["values"].append(self.values, value_states, self._in_place)
         return self.keys, self.values
 
     def update_gate(self, log_fgate: torch.Tensor) -> torch.Tensor:
-        """Append the gates of new tokens, `(B, H, T)` fp32 nats, and return all of them, `(B, H, S)`."""
-        self.log_fgate = self._memory["log_fgate"].append(self.log_fgate, log_fgate)
+        """Append the gates of new tokens, `(B, H, T)` fp32 nats, and return all of them, `(B, H, S)`.
+
+        Must follow the `update` with the same tokens.
+        """
+        self.log_fgate = self._memory["log_fgate"].append(self.log_fgate, log_fgate, self._in_place)
         return self.log_fgate
+
+    def decay_to_last(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """How much each cached token has decayed at the last one, `(B, H, S)` nats: the sum of the gates after it.
+
+        A difference of running sums in fp64, to which every call adds the gates that came since the one before. In
+        memory whose rows start at multiples of 16 bytes, as kernels for GPUs want it. `None` where gradients or a
+        compiler need to see how it comes about, and on devices without fp64.
+        """
+        gates, decay = self.log_fgate, self._decay
+        if not self._in_place or gates.is_mps:
+            return None
+        num_keys, num_summed = gates.shape[-1], 0 if decay is None else decay.shape[-1]
+        if num_summed == 0:
+            decay = gates.double().cumsum(dim=-1)
+            last = decay[..., -1:]
+        elif num_summed < num_keys:
+            is_step = num_keys - num_summed == 1
+            new = gates[..., num_summed:]
+            last = self._last_decay if self._last_decay is not None else decay[..., -1:]
+            room = self._memory["decay"].make_room(decay, num_keys - num_summed)
+            torch.add(last, new if is_step else new.double().cumsum(dim=-1), out=room)
+            decay, last = self._memory["decay"].newest, room if is_step else room[..., -1:]
+        else:
+            last = decay[..., -1:]
+        self._decay, self._last_decay = decay, last
+        out = decay.new_empty((*decay.shape[:2], -(-num_keys // 8) * 8), dtype=dtype)[..., :num_keys]
+        return torch.sub(last, decay, out=out)
 
     def gate_sums(self):
         """Running sums of all cached gates, for `fox_kernels.decode.forgetting_attention_decode`.
@@ -209,7 +260,7 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
     def offload(self):
         """Move keys and values to the CPU, and give back their memory here."""
         for name in ("keys", "values"):
-            self._memory[name].memory = None
+            self._memory[name].drop()
         super().offload()
 
     def past_shift(self, name: str) -> torch.Tensor | None:
@@ -219,16 +270,17 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
             name: `"keys"` or `"values"`.
         """
         state = getattr(self, f"shift_{name}")
-        return None if state is None else state[:, -1:]
+        return state if state is None or state.shape[1] == 1 else state[:, -1:]
 
     def update_shift(self, name: str, projection: torch.Tensor) -> None:
         """Remember the projections of the new tokens before the shift, `(B, T, H_kv, D)`, if needed."""
-        past = getattr(self, f"shift_{name}")
-        if not self.record_past:
-            # A copy: a slice would keep the projections of the whole prompt alive.
-            kept = projection[:, -1:].clone() if projection.shape[1] > 1 else projection
-        else:
+        kept = projection
+        if self.record_past:
+            past = getattr(self, f"shift_{name}")
             kept = projection if past is None else torch.cat([past, projection], dim=1)
+        elif projection.shape[1] > 1:
+            # A copy: a slice would keep the projections of the whole prompt alive.
+            kept = projection[:, -1:].clone()
         setattr(self, f"shift_{name}", kept)
 
     def activate_past_recording(self):
@@ -253,6 +305,7 @@ class FoxDynamicLayer(Offloads, DynamicLayer):
         shifts = [self._cropped_shift(state, tokens_to_remove) for state in (self.shift_keys, self.shift_values)]
         super().crop(tokens_to_remove)
         self.log_fgate = self.log_fgate[..., :num_left]
+        self._decay, self._last_decay = None if self._decay is None else self._decay[..., :num_left], None
         for memory in self._memory.values():
             memory.shorten(num_left)
         # From the start of a block the sums go on with the same bits.
@@ -420,7 +473,8 @@ def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
             "ExecuTorch keeps keys and values from step to step, but no gates. Export with `use_cache=False`."
         )
     # Not by isinstance: code loaded from the Hub has a second set of classes with the same methods.
-    if cache.layers and all(hasattr(layer, "update_gate") for layer in cache.layers):
+    kinds = {type(layer) for layer in cache.layers}
+    if kinds and all(hasattr(kind, "update_gate") for kind in kinds):
         return
     is_empty = all(type(layer) is DynamicLayer and layer.get_seq_length() == 0 for layer in cache.layers)
     if type(cache) is DynamicCache and is_empty:

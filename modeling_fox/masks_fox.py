@@ -117,6 +117,10 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
     if isinstance(attention_mask, dict):
         return _layer_masks(attention_mask["full_attention"], attention_mask["linear_attention"], None)
     document_starts = None
+    is_step = inputs_embeds.shape[1] == 1 and attention_mask is not None and attention_mask.dim() == 2
+    if is_step and not is_tracing(attention_mask) and attention_mask.all():
+        # One look at the device a step: what follows would take two more.
+        attention_mask = None
     if attention_mask is None or attention_mask.dim() == 2:
         document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
     same_document = None

@@ -71,7 +71,8 @@ class FoxRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        weight = self.weight
+        return torch.rms_norm(hidden_states, weight.shape, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -87,8 +88,11 @@ class FoxHeadRMSNorm(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         # In the dtype of the states: under autocast an fp32 weight would make queries and keys fp32, but not values.
-        normalized = F.rms_norm(states, states.shape[-1:], None, self.variance_epsilon).to(states.dtype)
-        return normalized * self.weight.to(states.dtype)
+        dtype, weight = states.dtype, self.weight
+        normalized = torch.rms_norm(states, states.shape[-1:], None, self.variance_epsilon)
+        if normalized.dtype == weight.dtype == dtype:
+            return normalized * weight
+        return normalized.to(dtype) * weight.to(dtype)
 
     extra_repr = FoxRMSNorm.extra_repr
 
@@ -218,10 +222,10 @@ class FoxAttention(nn.Module):
         value = self.v_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         log_fgate = self.log_forget_gate(hidden_states, num_heads=query.shape[2])
         context = (cache_layer, last_real_token, document_starts)
-        if self.k_shift_proj is not None:
-            key = self.shift("keys", key, self.k_shift_proj(hidden_states), *context)
-        if self.v_shift_proj is not None:
-            value = self.shift("values", value, self.v_shift_proj(hidden_states), *context)
+        if (k_shift_proj := self.k_shift_proj) is not None:
+            key = self.shift("keys", key, k_shift_proj(hidden_states), *context)
+        if (v_shift_proj := self.v_shift_proj) is not None:
+            value = self.shift("values", value, v_shift_proj(hidden_states), *context)
         if padding_mask is not None:
             # Filled, not multiplied: what padding computes may be NaN. Nothing is forgotten over padding.
             is_padding = padding_mask == 0
@@ -230,8 +234,8 @@ class FoxAttention(nn.Module):
             log_fgate = log_fgate.masked_fill(is_padding[:, None, :], 0.0)
         if self.gate_sink is not None:
             self.gate_sink(log_fgate.detach())
-        if self.q_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        if (q_norm := self.q_norm) is not None:
+            query, key = q_norm(query), self.k_norm(key)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
 
@@ -259,11 +263,11 @@ class FoxAttention(nn.Module):
             cache_layer=cache_layer,
             **kwargs,
         )
-        if self.output_norm is not None:
-            output = self.output_norm(output)
+        if (output_norm := self.output_norm) is not None:
+            output = output_norm(output)
         output = output.reshape(*input_shape, -1)
-        if self.ogate_proj is not None:
-            output = output * self.ogate_act(self.ogate_proj(hidden_states))
+        if (ogate_proj := self.ogate_proj) is not None:
+            output = output * self.ogate_act(ogate_proj(hidden_states))
         return self.o_proj(output), weights
 
     def shift(
@@ -309,9 +313,9 @@ class FoxAttention(nn.Module):
         The logits may be bf16, but not what follows: a score sums up to S of these.
         """
         batch, num_tokens = hidden_states.shape[:2]
-        if self.fgate_proj is not None:
+        if (fgate_proj := self.fgate_proj) is not None:
             # Its weight can be fp32 beside fp16 ones, see `_keep_in_fp32_modules`.
-            logits = self.fgate_proj(hidden_states.to(self.fgate_proj.weight.dtype))
+            logits = fgate_proj(hidden_states.to(fgate_proj.weight.dtype))
             return F.logsigmoid(logits.float()).transpose(1, 2)
         if self.fgate_bias is not None:
             return F.logsigmoid(self.fgate_bias.float())[None, :, None].expand(batch, -1, num_tokens)
@@ -365,8 +369,9 @@ class FoxDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        hidden_states = hidden_states + (self.dropout(attended) if self.training else attended)
+        out = self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + (self.dropout(out) if self.training else out)
         if self.skip_scale is not None:
             hidden_states = hidden_states + self.skip_scale * embeddings
         return hidden_states

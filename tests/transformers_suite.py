@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -224,8 +225,10 @@ def main() -> int:
         environment["FOX_TRANSFORMERS_SUITE"] = str(folder)
         write_tiny_models(folder / "tiny")
         environment["TRANSFORMERS_TINY_MODEL_PATH"] = str(folder / "tiny")
-    command = [sys.executable, "-m", "pytest", "-c", str(TESTS / "transformers_suite.ini"), "--rootdir", str(ROOT)]
-    command += ["-p", "transformers_suite", str(TESTS / "test_transformers_suite.py"), *pytest_arguments]
+    # In the environment: some tests start pytest anew for themselves, without any option.
+    options = ["-c", str(TESTS / "transformers_suite.ini"), "--rootdir", str(ROOT), "-p", "transformers_suite"]
+    environment["PYTEST_ADDOPTS"] = " ".join(filter(None, (os.environ.get("PYTEST_ADDOPTS"), shlex.join(options))))
+    command = [sys.executable, "-m", "pytest", str(TESTS / "test_transformers_suite.py"), *pytest_arguments]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 

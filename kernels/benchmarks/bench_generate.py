@@ -8,7 +8,9 @@ Weights are random and bfloat16 on a GPU, float32 on a CPU; gate biases are spre
 tokens. `compiled` is `generate(cache_implementation="static")` with `CompileConfig(fullgraph=True)`, which on a GPU
 replays CUDA graphs. Prints the median of the rounds as tokens per second of all sequences, prompt included, and what
 TorchDynamo counted in all compiled rounds: graphs, of which one is all that a decode step may need, breaks, and steps
-for which Inductor gave up CUDA graphs. Fails if there is a second graph or a break, and writes nothing.
+for which Inductor gave up CUDA graphs. Beside them a Qwen3 of as many layers, heads and weights, step by step: what
+Transformers' own Python costs. On Hopper PyTorch takes cuDNN's attention for it, which plans every length anew, so
+that it is timed without cuDNN too. Fails if there is a second graph or a break, and writes nothing.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
+from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -34,9 +36,23 @@ def build(options):
         hidden_size=options.hidden_size, num_hidden_layers=options.layers, num_attention_heads=num_heads,
         fgate_decay_time_min=1.0, fgate_decay_time_max=1e4, log_pruning_tolerance=options.log_pruning_tolerance,
     )  # fmt: skip
-    model = FoxForCausalLM(config).eval().to(options.device)
-    model = model.to(torch.bfloat16 if options.device == "cuda" else torch.float32)
-    model.generation_config.pad_token_id = 0
+    return ready(FoxForCausalLM(config), options)
+
+
+def build_qwen3(options, num_parameters):
+    """As wide and deep; its MLP makes up for what FoX has beside it."""
+    config = Qwen3Config(
+        vocab_size=FoxConfig().vocab_size, hidden_size=options.hidden_size, num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64, num_key_value_heads=options.hidden_size // 64, head_dim=64,
+    )  # fmt: skip
+    rest = num_parameters / options.hidden_size - 2 * config.vocab_size - 4 * options.layers * options.hidden_size
+    config.intermediate_size = max(round(rest / (3 * options.layers) / 64), 1) * 64
+    return ready(Qwen3ForCausalLM(config), options)
+
+
+def ready(model, options):
+    model = model.eval().to(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     return model
 
 
@@ -98,6 +114,20 @@ def bench(backend, model, prompt, options):
     return graphs, breaks
 
 
+def bench_qwen3(model, prompt, options):
+    """Print its tokens per second in the first mode, with and without cuDNN's attention."""
+    for name in ("qwen3", "qwen3, no cuDNN")[: 2 if options.device == "cuda" else 1]:
+        torch.backends.cuda.enable_cudnn_sdp(name == "qwen3")
+        timed_s(lambda: generate(model, prompt, 8, MODES[0]), options.device)
+        seconds = [timed_s(lambda: generate(model, prompt, options.tokens, MODES[0]), options.device)[0]
+                   for _ in range(options.rounds)]  # fmt: skip
+        speeds = [prompt.shape[0] * options.tokens / s for s in seconds]
+        print(
+            f"{name:26} {statistics.median(speeds):8.1f} tokens/s ({min(speeds):.1f} to {max(speeds):.1f})", flush=True
+        )
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -109,6 +139,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=32, help="tokens; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=512, help="new tokens of a sequence; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up; default: %(default)s")
+    parser.add_argument("--no-qwen3", action="store_true", help="FoX alone")
     parser.add_argument("--log-pruning-tolerance", type=float, help="nats, such as -10; default: nothing is pruned")
     options = parser.parse_args()
     # Inductor's own advice and deprecations; nothing about the figures.
@@ -121,6 +152,11 @@ def main():
         f"{options.tokens} tokens, log pruning tolerance {options.log_pruning_tolerance}"
     )
     prompt = torch.randint(1, 1000, (options.batch, options.prompt), device=options.device)
+    if not options.no_qwen3:
+        qwen3 = build_qwen3(options, size * 1e6)
+        print(f"qwen3 has {sum(p.numel() for p in qwen3.parameters()) / 1e6:.0f}M parameters")
+        bench_qwen3(qwen3, prompt, options)
+        del qwen3
     found = [bench(backend, model, prompt, options) for backend in options.backends]
     if "static, compiled" in options.modes and any(graphs != 1 or breaks for graphs, breaks in found):
         sys.exit("a compiled decode step must be one graph without breaks")
