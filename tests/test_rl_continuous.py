@@ -25,6 +25,7 @@ def test_stopped_episodes_are_stored_as_not_terminated_and_reset(stop):
     if stop == "random":
         assert agent.stopper.num_stopped > 0
         assert min(agent.meter.finished_lengths) < 150
+        assert agent.envs.saved_steps == sum(200 - length for length in agent.meter.finished_lengths)
     assert agent.replay.size == 300 and not agent.replay.data["terminated"].any()
     # A transition leads to the next observation, or the episode ended there; no row leads into a new episode.
     data = agent.replay.data
@@ -104,6 +105,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, module, changes):
         pairs = zip(getattr(whole, name).parameters(), getattr(parts, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
     assert whole.meter.returns == parts.meter.returns and whole.stopper.num_stopped == parts.stopper.num_stopped
+    assert whole.envs.saved_steps == parts.envs.saved_steps
     if module is sac:
         assert whole.log_temperature_value == parts.log_temperature_value != 0.0
     for name, pruner in parts.pruners.items():

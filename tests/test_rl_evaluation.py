@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fox_rl.evaluation import (
+    beats_control,
     bootstrap_interval,
     compare,
     interquartile_mean,
@@ -101,3 +102,21 @@ def test_the_table_and_the_figure_are_made(scores, tmp_path):
 def test_says_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_claim_over_the_control_needs_runs_equal_lengths_and_an_interval_above_it():
+    generator = np.random.default_rng(0)
+    control, lengths = generator.normal(100, 10, (6, 1)), np.full(6, 50.0)
+    better, same = control + 40, generator.permutation(control)
+    assert beats_control(better, control, lengths, lengths)[0]
+    answer, text = beats_control(better, control, lengths, lengths * 1.05)
+    assert answer and text.startswith("Better than the control: difference of the interquartile means 40.000 (")
+    for scores in (same, control - 40):
+        answer, text = beats_control(scores, control, lengths, lengths)
+        assert not answer and text.startswith("Not separable from or worse than the control")
+    assert beats_control(better[:4], control, lengths[:4], lengths) == (
+        False, "No claim: 4 runs, and it takes 5 of each."
+    )  # fmt: skip
+    assert beats_control(better, control, lengths, lengths * 1.2) == (
+        False, "No claim: mean episode lengths of 50 and 60 steps do not match."
+    )  # fmt: skip

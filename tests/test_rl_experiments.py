@@ -74,6 +74,27 @@ def test_every_arm_is_compared_at_its_best_rate(tmp_path):
     assert (tmp_path / "pruning-cartpole.png").stat().st_size > 1000
 
 
+def test_stops_are_reported_with_what_they_saved_and_against_their_control(tmp_path):
+    seeds = range(5)
+    rows = table("eval_return", {
+        "none": [[(10, 1.0), (20, 5.0)] for _ in seeds],
+        "least": [[(10, 6.0 + 0.1 * i), (20, 9.0 + 0.1 * i)] for i in seeds],
+        "random": [[(10, 4.0), (20, 7.0 + 0.1 * i)] for i in seeds],
+    })  # fmt: skip
+    for metric, values in {
+        "episode_length": (1000, 400, 420), "num_stopped": (0, 30, 33), "saved_steps": (0, 1234, 1100)
+    }.items():  # fmt: skip
+        arms = zip(("none", "least", "random"), values, strict=True)
+        rows += table(metric, {arm: [[(20, value)] for _ in seeds] for arm, value in arms})
+    for row in rows:
+        row["experiment"] = "early-stop-ant"
+    text = reports.write_report(rows, ["early-stop-ant"], tmp_path)
+    assert "Steps to the final return of `none`, 5:" in text and "- least: 10, 10, 10, 10, 10" in text
+    assert "- random: 20, 20, 20, 20, 20" in text
+    assert "| least | 400 | 30 | 1234 |" in text and "| random | 420 | 33 | 1100 |" in text
+    assert "Better than the control: difference of the interquartile means 2.000" in text
+
+
 def test_the_plans_are_what_results_describe():
     """Numbers of runs, learning rates for every arm, and networks of equal size in the comparison of memories."""
     for name, experiment in EXPERIMENTS.items():
@@ -97,7 +118,7 @@ def test_the_command_line_reaches_the_jobs():
     assert (job.settings["graphs"], job.settings["workers"], job.settings["steps"]) == (False, 3, 50)
     assert job.settings["runs"] == [(arm, seed) for arm in ("none", "least", "random") for seed in (0, 1)]
     (job,) = runner.planned(runner.build_parser().parse_args(["early-stop-ant"]))
-    assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 12
+    assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 15
 
 
 def test_says_what_is_wrong(capsys):

@@ -240,6 +240,16 @@ def test_a_stopped_episode_is_truncated_reset_and_its_target_bootstraps():
     assert observation[1] == 1 and "final_obs" not in info
 
 
+def test_saved_steps_are_those_to_the_time_limit():
+    gym.register("test/Counting-v0", entry_point=Counting, max_episode_steps=20)
+    env = gym.make_vec("test/Counting-v0", 2, "sync", vector_kwargs={"autoreset_mode": AutoresetMode.DISABLED})
+    env = EarlyStopVectorEnv(env, StopAt(4, 99), value_fn)
+    env.reset()
+    for _ in range(12):  # the first is stopped twice after 5 of 20 steps
+        env.step(np.zeros(2, dtype=int))
+    assert env.saved_steps == 2 * 15
+
+
 def test_a_natural_end_is_never_counted_as_a_stop():
     stopper = StopAt(29, 29)
     env = EarlyStopVectorEnv(SyncVectorEnv([Counting] * 2, autoreset_mode=AutoresetMode.DISABLED), stopper, value_fn)

@@ -113,6 +113,40 @@ def compare(results: dict[str, Scores], *, confidence: float = 0.95, resamples: 
     return "\n".join(lines)
 
 
+def beats_control(
+    scores: Scores, control: Scores, lengths: np.ndarray, control_lengths: np.ndarray, *, min_runs: int = 5,
+    tolerance: float = 0.1, **options,
+) -> tuple[bool, str]:  # fmt: skip
+    """Whether a method that stops episodes may be said to be better than a control that stops them at random.
+
+    Three conditions: enough runs of both, episodes of the same mean length, and an interval of the difference of the
+    interquartile means that lies above 0. The last is left out where one of the others fails.
+
+    Args:
+        scores, control: `(runs, tasks)`.
+        lengths, control_lengths: Mean episode length of each run, steps.
+        min_runs: Fewest runs of each.
+        tolerance: Largest relative difference of the mean lengths.
+        options: Of `bootstrap_interval`.
+
+    Returns:
+        The answer, and a sentence with its reason.
+    """
+    fewest = min(len(_checked(scores)), len(_checked(control)))
+    if fewest < min_runs:
+        return False, f"No claim: {fewest} runs, and it takes {min_runs} of each."
+    length, usual = float(np.mean(lengths)), float(np.mean(control_lengths))
+    if abs(length - usual) > tolerance * usual:
+        return False, f"No claim: mean episode lengths of {length:.0f} and {usual:.0f} steps do not match."
+
+    def difference(first: Scores, second: Scores) -> float:
+        return interquartile_mean(first) - interquartile_mean(second)
+
+    low, high = bootstrap_interval(difference, scores, control, **options)
+    text = f"difference of the interquartile means {difference(scores, control):.3f} ({low:.3f} to {high:.3f})"
+    return bool(low > 0), f"{'Better than' if low > 0 else 'Not separable from or worse than'} the control: {text}."
+
+
 def plot_profiles(results: dict[str, Scores], thresholds: np.ndarray, path: str, **options) -> None:
     """Performance profiles with their intervals as a figure.
 

@@ -299,6 +299,9 @@ class EarlyStopVectorEnv(VectorWrapper):
         env: Made with `autoreset_mode=AutoresetMode.DISABLED`.
         stopper: `LearnToStop` or `RandomResetControl`.
         value_fn: `(observation, action, reward, next_observation, terminated)` to value and potential, `(n,)` each.
+
+    Attributes:
+        saved_steps: Steps that stopped episodes had left to the time limit of the environment; 0 if it has none.
     """
 
     def __init__(self, env: VectorEnv, stopper: LearnToStop | RandomResetControl, value_fn: ValueFunction):
@@ -313,6 +316,8 @@ class EarlyStopVectorEnv(VectorWrapper):
         self.stopper, self.value_fn = stopper, value_fn
         self._observation: Any = None
         self._step_index = np.zeros(env.num_envs, dtype=np.int64)
+        self._limit = (env.spec and env.spec.max_episode_steps) or 0
+        self.saved_steps = 0
 
     def reset(self, *, seed=None, options=None):
         """Reset all environments; episodes that were open do not enter the stopper's tables."""
@@ -329,6 +334,7 @@ class EarlyStopVectorEnv(VectorWrapper):
         ended = terminated | truncated
         self._step_index += 1
         info = {**info, "early_stop": stop}
+        self.saved_steps += int(np.maximum(self._limit - self._step_index[stop], 0).sum())
         if ended.any():
             info["final_obs"] = _copy(following)
             self.stopper.episode_end(ended, stop)

@@ -133,7 +133,7 @@ class ContinuousAgent(training.Agent):
         self.meter.update(reward, ended)
         self.observation = following
         self.step += options.num_envs
-        values = {"num_stopped": self.stopper.num_stopped}
+        values = {"num_stopped": self.stopper.num_stopped, "saved_steps": self.envs.saved_steps}
         if self.meter.finished_lengths:
             values["episode_length"] = float(np.mean(self.meter.finished_lengths))
         if self.step >= options.start_steps:
@@ -172,14 +172,14 @@ class ContinuousAgent(training.Agent):
 
     def plain_environments(self) -> Any:
         """Without the stopper, which is saved by itself."""
-        return self.envs.env, self.envs._step_index
+        return self.envs.env, self.envs._step_index, self.envs.saved_steps
 
     def restore_environments(self, envs: Any | None) -> None:
         """As in `Agent`."""
         if envs is None:
             self.observation = self.envs.reset()[0]
             return
-        self.envs.env, self.envs._step_index = envs
+        self.envs.env, self.envs._step_index, self.envs.saved_steps = envs
         self.envs._observation = self.observation
 
 

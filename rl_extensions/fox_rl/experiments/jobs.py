@@ -237,9 +237,9 @@ EXPERIMENTS = {
     "early-stop-halfcheetah": Experiment(
         "TD3, LEAST, random resets on HalfCheetah-v5 (mujoco, GPU)",
         early_stop("HalfCheetah-v5", "early-stop-halfcheetah"),
-        seeds=4,
+        seeds=5,
     ),
-    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant"), seeds=4),
+    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant"), seeds=5),
     "throughput": Experiment("steps/s next to Stable-Baselines3", throughput, seeds=3, score="steps_per_second"),
 }
 

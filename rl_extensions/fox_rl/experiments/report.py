@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fox_rl.evaluation import compare, interquartile_mean
+from fox_rl.evaluation import beats_control, compare, interquartile_mean
 from fox_rl.experiments.jobs import EXPERIMENTS
 
 Rows = list[dict[str, str]]
@@ -66,13 +66,31 @@ def write_report(rows: Rows, names: list[str], folder: Path) -> str:
         if scores:
             parts.append(compare(scores))
         if name.startswith("early-stop") and "none" in scores:
-            goal = interquartile_mean(scores["none"])
-            reached = steps_to_reach(own, metric, goal)
-            parts += [f"\nSteps to the final return of `none`, {goal:.0f}:"]
-            parts += [f"- {arm}: " + ", ".join(f"{x:.0f}" for x in steps) for arm, steps in reached.items()]
+            parts += early_stop_lines(own, scores)
         if importlib.util.find_spec("matplotlib") is not None:
             plot_curves(own, folder / f"{name}.png")
     return "\n".join(parts)
+
+
+def early_stop_lines(rows: Rows, scores: dict[str, np.ndarray]) -> list[str]:
+    """Steps to the return without stops, what the stops saved, and whether LEAST beats the control.
+
+    Args:
+        rows: Of one experiment with the arms none, least and random.
+        scores: `last_scores` of eval_return.
+    """
+    goal = interquartile_mean(scores["none"])
+    lines = [f"\nSteps to the final return of `none`, {goal:.0f}:"]
+    reached = steps_to_reach(rows, "eval_return", goal)
+    lines += [f"- {arm}: " + ", ".join(f"{x:.0f}" for x in steps) for arm, steps in reached.items()]
+    lines += ["", "| arm | mean episode length | episodes stopped | steps saved |", "| --- | --- | --- | --- |"]
+    lengths, stopped, saved = (last_scores(rows, x) for x in ("episode_length", "num_stopped", "saved_steps"))
+    for arm in scores:
+        cells = [f"{x[arm].mean():.0f}" for x in (lengths, stopped, saved) if arm in x]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    if {"least", "random"} <= scores.keys() & lengths.keys():
+        lines += ["", beats_control(scores["least"], scores["random"], lengths["least"], lengths["random"])[1]]
+    return lines
 
 
 def plot_curves(rows: Rows, path: Path, metrics: tuple[str, ...] = ("eval_return", "episode_return")) -> None:
