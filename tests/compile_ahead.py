@@ -29,6 +29,7 @@ from fox_kernels import (
     triton_norms,
     triton_paged,
     triton_pruning,
+    triton_slices,
 )
 from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
@@ -40,7 +41,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -66,7 +67,7 @@ class Recorder:
 
 MODULES = (
     triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_norms, triton_pruning,
-    triton_decode, triton_paged,
+    triton_decode, triton_paged, triton_slices,
 )  # fmt: skip
 
 

@@ -1,18 +1,24 @@
 """Every kernel on small awkward shapes, for NVIDIA's compute-sanitizer to watch.
 
+    python kernels/benchmarks/sanitize.py --quick --workers 8    compiles the kernels, which the next two then find
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1      an allocation for each tensor, so that a step outside of one is seen
-    compute-sanitizer --tool memcheck --error-exitcode 1 python kernels/benchmarks/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python kernels/benchmarks/sanitize.py --quick
     compute-sanitizer --tool racecheck --error-exitcode 1 python kernels/benchmarks/sanitize.py --quick
-    python kernels/benchmarks/sanitize.py        without it, and on a CPU: does the script itself run?
 
-The sanitizer prints `ERROR SUMMARY: 0 errors` (racecheck: `0 hazards`) where all is well. Forward and backward in all
-dtypes, one past a tile, shared keys, odd widths, fewer queries than keys, padding, closed gates, a window, packed
-sequences and both rules of pruning; decoding with 1 to 16 queries and appending gates. Kernels that the compiler has
-not seen take seconds each to compile: `--quick` leaves out all but one width and dtype, `--cases` names them. Each
-result is compared with the dense definition, roughly: the tests are what measures errors.
+The sanitizer prints `ERROR SUMMARY: 0 errors` (racecheck: `0 hazards`) where all is well. Forward and backward in one
+pass and in two, one past a tile, shared keys, fewer queries than keys, padding, closed gates, a window, packed
+sequences, both rules of pruning with the bound given and measured; decoding with 1 to 16 queries, appending gates, and
+pages. `--quick` launches every kernel that there is, checked against the list of them, in one width and dtype;
+without it all widths and dtypes, which takes minutes to compile. `--cases` names some. Each result is compared,
+roughly, with the dense definition, which runs on the CPU, out of the sanitizer's sight: the tests are what measures
+errors. Without a GPU it only tries itself out.
 """
 
 import argparse
+import subprocess
+import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from _common import device
@@ -25,16 +31,21 @@ from fox_kernels import (
     forgetting_attention_reference,
     forgetting_attention_varlen,
 )
+from fox_kernels.paged import PagedKeys
+from fox_kernels.paged_attention import paged_attention
 
 # name: dtype, batch, heads, key heads, queries, keys, head dim, options. No length is a multiple of 16, so that the
 # cases of QUICK share their kernels, which take longer to compile than to run.
 CASES = {
     "plain": ("bfloat16", 1, 4, 2, 257, 257, 64, {}),
+    "two-passes": ("bfloat16", 1, 4, 2, 257, 257, 64, {"deterministic": True}),
+    "without-gluon": ("bfloat16", 1, 4, 2, 129, 257, 64, {"gluon": "0"}),
     "prefill-padded": ("bfloat16", 2, 4, 2, 201, 333, 64, {"key_start": True}),
     "window-closed-gates": ("bfloat16", 1, 4, 2, 301, 301, 64, {"window": 100, "close": True}),
     "packed": ("bfloat16", 1, 4, 2, 401, 401, 64, {"packed": [1, 0, 130, 64, 5, 201]}),
     "paper": ("bfloat16", 1, 4, 2, 701, 701, 64, {"pruning_rule": "paper"}),
     "tight": ("bfloat16", 1, 4, 2, 701, 1301, 64, {"pruning_rule": "tight"}),
+    "tight-bound-given": ("bfloat16", 1, 4, 2, 701, 701, 64, {"pruning_rule": "tight", "logit_bound": 30.0}),
     "several-chunks-of-gates": ("bfloat16", 1, 4, 2, 2101, 2101, 64, {}),
     "plain-128": ("bfloat16", 1, 4, 2, 257, 257, 128, {}),
     "tight-128": ("bfloat16", 1, 4, 2, 701, 701, 128, {"pruning_rule": "tight"}),
@@ -45,28 +56,42 @@ CASES = {
 }
 DECODE_CASES = {
     "decode": ("bfloat16", 2, 4, 2, 1, 300, 64, {}),
+    "decode-pruned": ("bfloat16", 2, 4, 2, 3, 3000, 64, {"logit_bound": 3.0, "log_pruning_tolerance": -6.0}),
     "decode-16-pruned": ("bfloat16", 1, 4, 1, 16, 3000, 128, {"logit_bound": 3.0, "log_pruning_tolerance": -6.0}),
     "decode-window-float32": ("float32", 1, 2, 2, 3, 257, 64, {"window": 100}),
 }
-QUICK = ["plain", "prefill-padded", "window-closed-gates", "packed", "paper", "tight", "decode"]
+PAGED_CASES = {
+    "pages": ("bfloat16", 2, 4, 2, 3, 200, 64, {}),
+    "pages-float32": ("float32", 1, 2, 2, 1, 130, 64, {}),
+}
+QUICK = [
+    "plain", "two-passes", "without-gluon", "window-closed-gates", "packed", "paper", "tight", "decode",
+    "decode-pruned", "pages",
+]  # fmt: skip
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 def tensors(dtype, batch, heads, kv_heads, queries, keys, dim, where):
     torch.manual_seed(0)
-    q = torch.randn(batch, heads, queries, dim, device=where).to(getattr(torch, dtype))
-    k, v = torch.randn(2, batch, kv_heads, keys, dim, device=where).to(getattr(torch, dtype))
+    q = torch.randn(batch, heads, queries, dim).to(getattr(torch, dtype))
+    k, v = torch.randn(2, batch, kv_heads, keys, dim).to(getattr(torch, dtype))
     # From heads that forget at once to heads that do not: pruned everywhere, and nowhere.
-    decay = torch.logspace(0, -4, heads, device=where)[:, None]
-    return q, k, v, -decay * torch.rand(batch, heads, keys, device=where)
+    decay = torch.logspace(0, -4, heads)[:, None]
+    return [x.to(where) for x in (q, k, v, -decay * torch.rand(batch, heads, keys))]
 
 
 def close_enough(name, dtype, got, expected):
-    error = float((got.detach().double() - expected.detach().double()).abs().max())
-    allowed = TOLERANCE[dtype] * max(1.0, float(expected.detach().abs().max()))
+    got, expected = got.detach().cpu().double(), expected.detach().double()
+    error = float((got - expected).abs().max())
+    allowed = TOLERANCE[dtype] * max(1.0, float(expected.abs().max()))
     print(f"{name:26} error {error:.1e}", flush=True)
     if not error <= allowed:
         raise SystemExit(f"{name}: error {error} > {allowed}. Run the tests before the sanitizer.")
+
+
+def copies(leaves):
+    """On the CPU, in float32, with gradients of their own."""
+    return [x.detach().cpu().float().requires_grad_() for x in leaves]
 
 
 def attend(name, where):
@@ -81,22 +106,25 @@ def attend(name, where):
         options["log_pruning_tolerance"] = -10.0
     lengths = options.pop("packed", None)
     leaves = [x.requires_grad_() for x in (q, k, v, gates)]
-    kept = {name: x for name, x in options.items() if name in ("key_start", "window")}
-    if lengths:
-        cu = torch.tensor([0, *lengths], device=where).cumsum(0).int()
-        packed = (x[0].transpose(0, 1) for x in leaves)
-        out = forgetting_attention_varlen(*packed, cu).transpose(0, 1)[None]
-        parts = zip(*(x.split(lengths, dim=2) for x in leaves), strict=True)
-        expected = torch.cat([forgetting_attention_reference(*x) for x in parts], dim=2)
-    else:
-        out = forgetting_attention(*leaves, **options)
-        expected = forgetting_attention_reference(*leaves, **kept)
-    grad_out = torch.randn_like(out)
-    close_enough(name, sizes[0], out, expected)
-    wanted = torch.autograd.grad(expected, leaves, grad_out)
-    for part, x, y in zip(
-        ("dq", "dk", "dv", "dgates"), torch.autograd.grad(out, leaves, grad_out), wanted, strict=True
-    ):
+    on_cpu = copies(leaves)
+    kept = {
+        name: x.cpu() if name == "key_start" else x for name, x in options.items() if name in ("key_start", "window")
+    }
+    with mock.patch.dict("os.environ", {"FOX_KERNELS_GLUON": options.pop("gluon", "1")}):
+        if lengths:
+            cu = torch.tensor([0, *lengths], device=where).cumsum(0).int()
+            packed = (x[0].transpose(0, 1) for x in leaves)
+            out = forgetting_attention_varlen(*packed, cu).transpose(0, 1)[None]
+            parts = zip(*(x.split(lengths, dim=2) for x in on_cpu), strict=True)
+            expected = torch.cat([forgetting_attention_reference(*x) for x in parts], dim=2)
+        else:
+            out = forgetting_attention(*leaves, **options)
+            expected = forgetting_attention_reference(*on_cpu, **kept)
+        grad_out = torch.randn(out.shape).to(out.dtype)
+        close_enough(name, sizes[0], out, expected)
+        got = torch.autograd.grad(out, leaves, grad_out.to(where))
+    wanted = torch.autograd.grad(expected, on_cpu, grad_out.float())
+    for part, x, y in zip(("dq", "dk", "dv", "dgates"), got, wanted, strict=True):
         close_enough(f"{name} {part}", sizes[0], x, y)
 
 
@@ -109,20 +137,90 @@ def decode(name, where):
     append_gates(growing, gates[..., keys - queries :], torch.tensor(keys - queries, device=where))
     got = forgetting_attention_decode(q, k, v, growing.sums, **options)
     kept = {name: x for name, x in options.items() if name == "window"}
-    close_enough(name, sizes[0], got, forgetting_attention_reference(q, k, v, gates, **kept))
+    close_enough(name, sizes[0], got, forgetting_attention_reference(*copies((q, k, v, gates)), **kept))
+
+
+def pages(name, where):
+    """A chunk of a prompt, then three steps."""
+    *sizes, _ = PAGED_CASES[name]
+    q, k, v, gates = tensors(*sizes, where)
+    steps, keys = q.shape[2], k.shape[2]
+    q = torch.randn(*q.shape[:2], keys, q.shape[3]).to(q)
+    batch, heads, _, dim = q.shape
+    cache = PagedKeys(1, batch, heads, k.shape[1], dim, dtype=q.dtype, device=where, log_tolerance=-10.0)
+    cache.set_logit_bound(0, torch.full((heads,), 30.0))
+    expected = forgetting_attention_reference(*copies((q, k, v, gates)))
+    for begin, end in ((0, keys - 3 * steps), *((keys - i * steps, keys - (i - 1) * steps) for i in (3, 2, 1))):
+        part = slice(begin, end)
+        got = paged_attention(q[:, :, part], k[:, :, part], v[:, :, part], gates[..., part], cache, 0)
+        close_enough(f"{name} {begin}", sizes[0], got, expected[:, :, part])
+
+
+KINDS = {attend: CASES, decode: DECODE_CASES, pages: PAGED_CASES}
+
+
+@contextmanager
+def watched():
+    """The names of all kernels of the package, and of those that were launched."""
+    from triton.runtime.jit import JITFunction
+
+    from fox_kernels import (
+        gluon_backward,
+        gluon_forward,
+        triton_backward,
+        triton_decode,
+        triton_forward,
+        triton_gates,
+        triton_norms,
+        triton_paged,
+        triton_pruning,
+        triton_slices,
+    )
+
+    modules = [
+        triton_backward, triton_decode, triton_forward, triton_gates, triton_norms, triton_paged, triton_pruning,
+        triton_slices,
+    ]  # fmt: skip
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        modules += [gluon_forward, gluon_backward]
+    names = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    launched = set()
+    run = JITFunction.run
+
+    def noted(self, *args, **kwargs):
+        launched.add(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        yield names, launched
+
+
+def compile_all(names, workers):
+    """Run the cases in so many processes: what they compile stays in Triton's cache."""
+    command = [sys.executable, __file__, "--cases"]
+    running = [subprocess.Popen([*command, *names[i::workers]]) for i in range(min(workers, len(names)))]
+    sys.exit(max(process.wait() for process in running))
 
 
 def main():
+    every = [name for cases in KINDS.values() for name in cases]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, *DECODE_CASES], default=[*CASES, *DECODE_CASES])
+    parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help=f"of {', '.join(every)}")
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--workers", type=int, default=1, help="processes to compile in; default: %(default)s")
     options = parser.parse_args()
-    options.cases = QUICK if options.quick else options.cases
+    names = options.cases or (QUICK if options.quick else every)
+    if options.workers > 1:
+        compile_all(names, options.workers)
     where = device()
     print(f"{torch.cuda.get_device_name() if where == 'cuda' else 'CPU: none of the kernels runs'}")
-    for name in options.cases:
-        attend(name, where) if name in CASES else decode(name, where)
-    print(f"{len(options.cases)} cases done")
+    with watched() as (kernels, launched):
+        for name in names:
+            next(run for run, cases in KINDS.items() if name in cases)(name, where)
+    missing = kernels - launched
+    print(f"{len(names)} cases done, {len(kernels & launched)} of {len(kernels)} kernels launched")
+    if where == "cuda" and not options.cases and missing:
+        raise SystemExit(f"Not launched: {', '.join(sorted(missing))}. Add a case that does.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Decoding from pages as Triton kernels: appending up to 16 keys, and their queries against the live pages of a head.
 
-The slices, slots and the sum over them are those of triton_decode.py; here a tile of keys lies in a page whose number
+The slices, slots and the sum over them are those of triton_slices.py; here a tile of keys lies in a page whose number
 is looked up in a table, and the first page of a head is what its cache has not given back. Launches depend on shapes
 alone and the number of keys is read on the device, so that a CUDA graph replays a step as long as no tensor moves.
 
@@ -15,21 +15,24 @@ import triton
 import triton.language as tl
 
 from .gates import LOG2_E
-from .tile_sizes import architecture, padded_head_dim, programs_at_once
-from .triton_decode import (
-    SLOTS,
-    UNIT_COST,
-    DecodeTiles,
-    _at,
-    _cdiv,
-    _load_rows,
-    _own_tiles,
-    _power_of_2,
-    _unit_tiles,
-    combine_kernel,
-    decode_tiles,
-)
+from .tile_sizes import architecture, padded_head_dim
 from .triton_forward import dot_precision
+from .triton_slices import (
+    DecodeTiles,
+    Slices,
+    add_tile,
+    decode_tiles,
+    load_queries,
+    load_rows,
+    own_tiles,
+    power_of_2,
+    registers,
+    store_partial,
+    tiles_of_unit,
+    unit_rows,
+    unit_tiles,
+    wait,
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST_GATE = tl.constexpr(-9000.0)  # paged.LOWEST_GATE
@@ -80,30 +83,23 @@ def append_pages_kernel(
 @triton.jit
 def forgetting_attention_paged_kernel(
     q_ptr, keys_ptr, values_ptr, within_ptr, starts_ptr, table_ptr, lowest_ptr, key_start_ptr, length_ptr, partial_ptr,
-    stats_ptr, score_scale, T, H_kv, num_units, num_rows, stats_sum, table_len, q_stride_b, q_stride_h, q_stride_t,
+    score_scale, T, H_kv, num_units, num_rows, num_slots, stats_at, table_len, q_stride_b, q_stride_h, q_stride_t,
     HAS_KEY_START: tl.constexpr, G: tl.constexpr, UNITS_PER_HEAD: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, PAGE: tl.constexpr, LANES: tl.constexpr,
-    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, NUM_STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     # 1. Which tiles are this program's? Programs beyond the number of tiles have none.
+    wait(OVERLAP)
     num_keys = tl.load(length_ptr).to(tl.int32)
     num_tiles = (num_keys + BLOCK_S - 1) // BLOCK_S
-    lane, tiles, ends = _unit_tiles(lowest_ptr, num_tiles, num_units, True, UNITS_PER_HEAD, BLOCK_S, LANES)
-    program, begin, end, first_unit, last_unit = _own_tiles(lane, tiles, ends, num_units)
+    lane, tiles, ends = unit_tiles(lowest_ptr, num_tiles, num_units, True, UNITS_PER_HEAD, BLOCK_S, LANES)
+    program, begin, end, first_unit, last_unit = own_tiles(lane, tiles, ends, num_units)
     d = tl.arange(0, BLOCK_D)
 
     for unit in range(first_unit, tl.minimum(last_unit + 1, num_units)):
         # 2. What stays for the tiles of this unit.
-        kv_program = unit // UNITS_PER_HEAD
-        batch, kv_head = (kv_program // H_kv).to(tl.int64), (kv_program % H_kv).to(tl.int64)
-        row = tl.arange(0, BLOCK_R)
-        r = (unit % UNITS_PER_HEAD) * BLOCK_R + row
-        is_row = r < G * T
-        g = r // T
-        t = r % T
-        position = num_keys - T + t
-        q_at = q_ptr + batch * q_stride_b + (kv_head * G + g) * q_stride_h + t * q_stride_t
-        q = tl.load(q_at[:, None] + d[None, :], mask=is_row[:, None] & (d[None, :] < D), other=0.0)
+        batch, kv_head, row, is_row, g, t, position = unit_rows(unit, num_keys, T, H_kv, G, UNITS_PER_HEAD, BLOCK_R)
+        q = load_queries(q_ptr, batch, kv_head * G + g, t, is_row, q_stride_b, q_stride_h, q_stride_t, D, BLOCK_D)
         table = table_ptr + (batch * H_kv + kv_head) * table_len
         page = tl.load(table + ((position // PAGE) & (table_len - 1)), mask=is_row, other=0).to(tl.int64)
         start_high = tl.load(starts_ptr + page * (2 * G) + g, mask=is_row, other=0.0)
@@ -117,23 +113,17 @@ def forgetting_attention_paged_kernel(
         row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-        unit_end = _at(lane, unit, ends)
-        unit_begin = unit_end - _at(lane, unit, tiles)
-        to_sequence = num_tiles - unit_end
-        first_tile = unit_begin + UNIT_COST + to_sequence
 
         # 3. Online softmax over tiles, none of which is longer than a page.
-        for tile in tl.range(
-            tl.maximum(begin + to_sequence, first_tile), tl.minimum(end, unit_end) + to_sequence,
-            num_stages=NUM_STAGES,
-        ):  # fmt: skip
+        from_tile, to_tile = tiles_of_unit(lane, unit, tiles, ends, begin, end, num_tiles)
+        for tile in tl.range(from_tile, to_tile, num_stages=NUM_STAGES):
             start = tile * BLOCK_S
             here = tl.load(table + ((start // PAGE) & (table_len - 1))).to(tl.int64)
             key = tl.arange(0, BLOCK_S)
             s = start + key
             is_key = s < num_keys
             slot = start % PAGE
-            k = _load_rows(keys_ptr + (here * PAGE + slot) * D, key, D, is_key, d, D, BLOCK_D)
+            k = load_rows(keys_ptr + (here * PAGE + slot) * D, key, D, is_key, d, D, BLOCK_D)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
             starts = starts_ptr + here * (2 * G) + g
             page_high = tl.load(starts, mask=is_row, other=0.0)
@@ -154,23 +144,16 @@ def forgetting_attention_paged_kernel(
                 score += ((lam_high[:, None] - high) + (lam_low[:, None] - low)) + from_start[:, None]
             else:
                 score += (lam_high + from_start)[:, None] - high
-            score = tl.where((s[None, :] >= first) & (s[None, :] <= position[:, None]), score, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(score, axis=1))
-            # A row that has seen no key yet stays at -inf; subtracting that would give NaN.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = tl.math.exp2(score - shift[:, None])
-            rescale = tl.math.exp2(row_max - shift)
-            row_sum = row_sum * rescale + tl.sum(p, axis=1)
-            row_max = new_max
-            v = _load_rows(values_ptr + (here * PAGE + slot) * D, key, D, is_key, d, D, BLOCK_D)
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+            visible = (s[None, :] >= first) & (s[None, :] <= position[:, None])
+            v = load_rows(values_ptr + (here * PAGE + slot) * D, key, D, is_key, d, D, BLOCK_D)
+            row_max, row_sum, acc = add_tile(
+                tl.where(visible, score, float("-inf")), v, row_max, row_sum, acc, PRECISION
+            )
 
         # 4. The partial result.
-        slots = (program + unit) * num_rows + row
-        is_row = is_row & (row < num_rows)
-        tl.store(stats_ptr + slots, row_max, mask=is_row)
-        tl.store(stats_ptr + stats_sum + slots, row_sum, mask=is_row)
-        tl.store(partial_ptr + slots[:, None] * D + d[None, :], acc, mask=is_row[:, None] & (d[None, :] < D))
+        store_partial(
+            partial_ptr, stats_at, program, unit, row, is_row, num_rows, num_slots, row_max, row_sum, acc, D, BLOCK_D
+        )
 
 
 def append(
@@ -194,7 +177,7 @@ def append(
     groups = log_fgate.shape[1] // num_kv_heads
     append_pages_kernel[(batch * num_kv_heads,)](
         k, v, log_fgate, keys, values, within, starts, totals, table, length, num_new, num_kv_heads, table.shape[-1],
-        *k.stride()[:3], *v.stride()[:3], *log_fgate.stride(), G=groups, BLOCK_G=_power_of_2(groups), D=dim,
+        *k.stride()[:3], *v.stride()[:3], *log_fgate.stride(), G=groups, BLOCK_G=power_of_2(groups), D=dim,
         BLOCK_D=padded_head_dim(dim), PAGE=keys.shape[1], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -219,30 +202,18 @@ def forward(
         length: One int32 on the device: keys in use, those of the queries included.
         key_start: `(B,)` int32, or None.
     """
-    batch, num_heads, num_queries, dim = q.shape
+    _, num_heads, num_queries, dim = q.shape
     num_kv_heads, page_size = table.shape[1], keys.shape[1]
-    groups = num_heads // num_kv_heads
-    tiles = tiles or decode_tiles(dim, q.element_size(), architecture(q.device), groups * num_queries)
-    units_per_head = _cdiv(groups * num_queries, tiles.block_r)
-    num_units = batch * num_kv_heads * units_per_head
-    num_rows = min(tiles.block_r, groups * num_queries)
-    num_programs = programs_at_once(q.device, tiles.programs_per_sm)
-    out = torch.empty_like(q)
-    partial = torch.empty(num_programs + num_units, num_rows, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(2, num_programs + num_units, num_rows, dtype=torch.float32, device=q.device)
-    common = dict(
-        G=groups, UNITS_PER_HEAD=units_per_head, D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_R=tiles.block_r,
-        BLOCK_S=min(tiles.block_s, page_size), LANES=_power_of_2(num_units),
-    )  # fmt: skip
-    forgetting_attention_paged_kernel[(num_programs,)](
-        q, keys, values, within, starts, table, lowest, lowest if key_start is None else key_start, length, partial,
-        stats, scale * LOG2_E, num_queries, num_kv_heads, num_units, num_rows, stats.stride(0), table.shape[-1],
-        *q.stride()[:3], HAS_KEY_START=key_start is not None, PAGE=page_size, **common,
+    rows = num_heads // num_kv_heads * num_queries
+    arch = architecture(q.device)
+    tiles = tiles or decode_tiles(dim, q.element_size(), arch, rows)
+    slices = Slices.of(q, num_kv_heads, tiles._replace(block_s=min(tiles.block_s, page_size)), arch)
+    num_units, num_rows, num_slots, _, stats_at = slices.sizes
+    forgetting_attention_paged_kernel[(slices.num_programs,)](
+        q, keys, values, within, starts, table, lowest, lowest if key_start is None else key_start, length,
+        slices.partial, scale * LOG2_E, num_queries, num_kv_heads, num_units, num_rows, num_slots, stats_at,
+        table.shape[-1], *q.stride()[:3], HAS_KEY_START=key_start is not None, PAGE=page_size, **slices.options,
         PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        num_stages=tiles.num_stages, **registers(tiles),
     )  # fmt: skip
-    combine_kernel[(batch * num_heads * num_queries,)](
-        partial, stats, out, lowest, length, 0, num_queries, num_kv_heads, num_units, num_rows, stats.stride(0),
-        num_programs, *out.stride()[:3], HAS_FIRST=True, ON_DEVICE=True, **common, SLOTS=SLOTS, num_warps=4,
-    )  # fmt: skip
-    return out
+    return slices.combine(q, lowest, length, 0, num_kv_heads, HAS_FIRST=True, ON_DEVICE=True)
