@@ -7,6 +7,7 @@ and what they compute is written down below from the equations of the papers, wi
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -481,6 +482,14 @@ def test_convert_takes_the_tokenizer_along(tmp_path):
     main([str(tmp_path / "theirs"), str(tmp_path / "ours")])
     text = "a\nb"
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text) == byte_tokenizer()(text)
+
+
+def test_the_comparison_tunes_no_kernels(monkeypatch):
+    Autotuner = pytest.importorskip("triton.runtime.autotuner").Autotuner
+    monkeypatch.setattr(Autotuner, "run", lambda self: self.configs)
+    with compare.untuned():
+        assert Autotuner.run(SimpleNamespace(configs=["first", "second"])) == ["first"]
+    assert Autotuner.run(SimpleNamespace(configs=["first", "second"])) == ["first", "second"]
 
 
 def test_the_comparison_says_how_to_get_what_it_compares_with(monkeypatch, capsys):
