@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .commands import command_parser, errors_of_the_user
+
 DESCRIPTION = """\
 Write OUT/model/README.md, the model card, from what the run and its evaluation have recorded.
 
@@ -46,13 +48,7 @@ METRICS = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.card",
-        usage="%(prog)s OUT [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("card", DESCRIPTION, "OUT [options]")
     add = parser.add_argument
     add("run", metavar="OUT", type=Path, help="folder of the run (run.output_dir of the recipe)")
     add("--title", metavar="TEXT", help="heading of the card (default: name of the folder)")
@@ -63,15 +59,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         path = write_card(args.run, title=args.title, license=args.license)
         print(f"saved {path}")
         if not (path.parent / "evaluation.json").is_file():
             print(
                 f"no measurement of these weights: run python -m fox_training.evaluate {args.run / 'model'} --ngrams"
             )
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.card: error: {error}\n")
     return 0
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .commands import command_parser, errors_of_the_user
+
 DESCRIPTION = """\
 Tokens per second of the data pipeline alone: reading, packing, positions, batches in memory, as training gets them.
 
@@ -25,13 +27,7 @@ here as well; all else is tokenised or mapped before, as in training. Dotted opt
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.data_speed",
-        usage="%(prog)s --recipe FILE [options] [--section.field VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("data_speed", DESCRIPTION, "--recipe FILE [options] [--section.field VALUE ...]")
     add = parser.add_argument
     add("--recipe", type=Path, required=True, metavar="FILE", help="recipe whose data is read")
     add("--seconds", type=float, default=5.0, metavar="S", help="how long to measure (default: %(default)s)")
@@ -41,10 +37,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
-    from .recipe import UserError, load_recipe
+    from .recipe import load_recipe
 
     args, overrides = parser().parse_known_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         recipe = load_recipe(args.recipe, overrides)
         figures = measure(recipe, args.seconds)
         print(
@@ -54,9 +50,6 @@ def main(argv: list[str] | None = None) -> int:
             trained = training_speed(args.against)
             print(f"training  {trained:>14,.0f} tokens/s, {args.against}")
             print(f"ratio     {figures['tokens_per_second'] / trained:>14.1f}")
-    except UserError as error:
-        print(f"fox_training.data_speed: error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

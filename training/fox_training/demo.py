@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from .commands import command_parser, errors_of_the_user
+
 DESCRIPTION = """\
 Train FoX on 15 State of the Union messages, measure it, write its card, reload it in a new process, generate.
 
@@ -44,13 +46,7 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.demo",
-        usage="%(prog)s [options] [--section.field VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("demo", DESCRIPTION, "[options] [--section.field VALUE ...]")
     add = parser.add_argument
     add("--recipe", type=Path, default=RECIPE, metavar="FILE", help="(default: training/recipes/demo.yaml)")
     add("--output-dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: %(default)s)")
@@ -60,10 +56,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo. Returns 0, 1 if the model does not beat the 3-gram, 2 for an error of the user."""
     args, overrides = parser().parse_known_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         return demo(args.recipe, args.output_dir, overrides)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.demo: error: {error}\n")
 
 
 def demo(recipe: Path, out: Path, overrides: list[str]) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fox_training import documents as sources
 from fox_training import suite
+from fox_training.commands import add_batch_argument, add_model_arguments, command_parser, errors_of_the_user, load
 
 DESCRIPTION = """\
 Perplexity and bits per byte of a model on held-out documents.
@@ -46,27 +47,17 @@ CONTEXT_HELP = (
 )
 NGRAMS_HELP = f"fit byte n-grams of orders 1 to {NGRAM_ORDERS} (Witten-Bell) and print them beside the model"
 PRUNING_HELP = "for fox_acp: -10 lets a row lose 4.5e-5 of its attention (default: as saved)"
-BATCH_HELP = "tokens read at once over all windows; lower it if memory runs out (default: %(default)s)"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.evaluate",
-        usage="%(prog)s MODEL [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("evaluate", DESCRIPTION, "MODEL [options]")
     parser.add_argument("model", metavar="MODEL", help="folder of save_pretrained, run folder, or Hub id")
     _add_data_arguments(parser)
     add = parser.add_argument_group("machine").add_argument
-    add("--attention", metavar="NAME", help="eager, sdpa, flex_attention or fox_acp (default: the model's choice)")
+    add_model_arguments(add)
     add("--log-pruning-tolerance", type=float, metavar="NATS", help=PRUNING_HELP)
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="of the weights (default: auto, as saved)")
-    add("--device", help="as torch names it (default: cuda if there is one, else cpu)")
-    add("--tokens-per-batch", type=int, default=16384, metavar="N", help=BATCH_HELP)
+    add_batch_argument(add)
     suite.add_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     where = "(default: evaluation/ in the run folder, else ./evaluation)"
@@ -92,10 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         evaluate(args, argv)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.evaluate: error: {error}\n")
     return 0
 
 
@@ -117,9 +106,10 @@ def evaluate(args: argparse.Namespace, argv: list[str]) -> dict:
     output_dir = args.output_dir or (run / "evaluation" if run else Path("evaluation"))
     check_writable(output_dir)
 
-    tokenizer = pretrained.load_tokenizer(name)
-    overrides = {} if args.log_pruning_tolerance is None else {"log_pruning_tolerance": args.log_pruning_tolerance}
-    model = pretrained.load_model(name, attention=args.attention, dtype=args.dtype, device=args.device, **overrides)
+    tokenizer, model = load(
+        name, attention=args.attention, dtype=args.dtype, device=args.device,
+        log_pruning_tolerance=args.log_pruning_tolerance,
+    )  # fmt: skip
     context, overlap = _window(args, run, model.config)
     token_ids, lossless = encode(tokenizer, held_out.texts)
     options = {"context": context, "tokens_per_batch": args.tokens_per_batch}

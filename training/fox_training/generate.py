@@ -6,6 +6,8 @@ import argparse
 import sys
 import time
 
+from .commands import add_model_arguments, command_parser, errors_of_the_user, load
+
 DESCRIPTION = """\
 Continue a text with a causal language model, printed while it is generated.
 
@@ -20,13 +22,7 @@ training; an empty prompt begins a new document.
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.generate",
-        usage="%(prog)s MODEL --prompt TEXT [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("generate", DESCRIPTION, "MODEL --prompt TEXT [options]")
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of save_pretrained, run folder, or Hub id")
     add("--prompt", metavar="TEXT", required=True, help="text to continue; - reads stdin")
@@ -36,10 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=0.95, metavar="P", help=TOP_P_HELP)
     add("--seed", type=int, default=0, help="same seed, same text on the same machine (default: %(default)s)")
     add = parser.add_argument_group("machine").add_argument
-    add("--attention", metavar="NAME", help="eager, sdpa, flex_attention or fox_acp (default: the model's choice)")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", default="auto", choices=dtypes, help="of the weights (default: auto, as saved)")
-    add("--device", help="as torch names it (default: cuda if there is one, else cpu)")
+    add_model_arguments(add)
     return parser
 
 
@@ -49,10 +42,8 @@ TOP_P_HELP = "sample from the fewest tokens that together have this probability;
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         generate(args)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.generate: error: {error}\n")
     return 0
 
 
@@ -72,8 +63,7 @@ def generate(args: argparse.Namespace) -> str:
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     name = pretrained.resolve(args.model)
-    tokenizer = pretrained.load_tokenizer(name)
-    model = pretrained.load_model(name, attention=args.attention, dtype=args.dtype, device=args.device)
+    tokenizer, model = load(name, attention=args.attention, dtype=args.dtype, device=args.device)
     tokens = [document_token_id(tokenizer), *(next(encode_documents(tokenizer, [prompt])) if prompt else [])]
     _check_length(model.config, len(tokens), args.max_new_tokens)
 

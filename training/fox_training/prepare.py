@@ -16,9 +16,12 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from .commands import command_parser, errors_of_the_user
+
 # The worker processes import this module too: what is slow to import is imported where it is used.
 from .shard_worker import start_worker, write_file, write_shard
 
+USAGE = "--recipe FILE --output FOLDER [options] [--section.field VALUE ...]"
 DESCRIPTION = """\
 Tokenise the data of a recipe into shards that training maps into memory.
 
@@ -39,12 +42,8 @@ _UNUSED = ("sequence_length", "reset_at_documents", "shift_each_epoch", "batch_s
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.prepare",
-        usage="%(prog)s --recipe FILE --output FOLDER [options] [--section.field VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command_parser(
+        "prepare", DESCRIPTION, "--recipe FILE --output FOLDER [options] [--section.field VALUE ...]"
     )
     add = parser.add_argument
     add("--recipe", type=Path, metavar="FILE", help="recipe whose data section is prepared")
@@ -57,17 +56,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
-    from .recipe import UserError, load_recipe
+    from .recipe import load_recipe
 
     args, overrides = parser().parse_known_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         recipe = load_recipe(args.recipe, overrides)
         described = prepare(
             recipe, args.output, workers=args.workers, shard_bytes=args.shard_bytes, verify=args.verify, say=print
         )
-    except UserError as error:
-        print(f"fox_training.prepare: error: {error}", file=sys.stderr)
-        return 2
     print(summary(described, args.output))
     return 0
 

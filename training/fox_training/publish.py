@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .commands import command_parser, errors_of_the_user
+
 DESCRIPTION = """\
 Upload the model of a run to the Hugging Face Hub, with its card, recipe, measurements and figures, in one commit.
 
@@ -38,13 +40,7 @@ PATTERNS = [
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.publish",
-        usage="%(prog)s OUT --repo USER/NAME [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("publish", DESCRIPTION, "OUT --repo USER/NAME [options]")
     add = parser.add_argument
     add("run", metavar="OUT", type=Path, help="folder of the run (run.output_dir of the recipe)")
     add("--repo", metavar="USER/NAME", required=True, help="repository, made if it does not exist")
@@ -59,10 +55,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         publish(args)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.publish: error: {error}\n")
     return 0
 
 

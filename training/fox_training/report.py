@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import plots
+from .commands import command_parser, errors_of_the_user
 from .recipe import UserError
 
 DESCRIPTION = """\
@@ -43,12 +44,7 @@ pre{{background:#f6f6f6;padding:1rem;overflow:auto}}</style></head><body>
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.report",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("report", DESCRIPTION, "OUT")
     parser.add_argument("run", metavar="OUT", type=Path, help="folder of the run")
     return parser
 
@@ -56,11 +52,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         print(f"saved {write_report(args.run)}")
-    except UserError as error:
-        print(f"fox_training.report: error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .commands import command_parser, errors_of_the_user
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -42,20 +44,14 @@ SHARE_TOLERANCE = 0.005
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.throughput",
-        usage="%(prog)s [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("throughput", DESCRIPTION)
     add = parser.add_argument
     add("--size", nargs="+", choices=SIZES, default=["125M"], help="published shapes (default: 125M)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what is measured (default: all)")
     add("--tokens", type=int, default=16384, metavar="T", help="tokens in a row (default: %(default)s)")
     add("--rows", type=int, default=1, metavar="B", help="rows in a step (default: %(default)s)")
     add("--pruned-share", type=float, default=0.7, metavar="S", help="of fox-pruned (default: %(default)s)")
-    add("--pruning-rule", default="paper", choices=["paper", "tight"], help="(default: %(default)s)")
+    add("--pruning-rule", default="tight", choices=["tight", "paper"], help="(default: %(default)s)")
     add("--compile", default="layers", choices=["layers", "model", "none"], help=COMPILE_HELP)
     add("--seconds", type=float, default=8.0, help="timed seconds of each arm (default: %(default)s)")
     add("--checkpointing", action="store_true", help="recompute the activations of each layer")
@@ -74,10 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit status; prints one line for an error of the user."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         measure_all(args, argv)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.throughput: error: {error}\n")
     return 0
 
 

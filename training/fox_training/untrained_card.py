@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .card import dataset_name
+from .commands import command_parser
 from .models import build_model
 from .recipe import Recipe, load_recipe, recipe_to_dict
 from .tokenizers import byte_tokenizer
@@ -62,12 +63,7 @@ EMBEDDINGS = ("model.embed_tokens.", "lm_head.")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.untrained_card",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("untrained_card", DESCRIPTION, "RECIPE CARD")
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the YAML file")
     parser.add_argument("card", metavar="CARD", type=Path, help="the Markdown file to write")
     return parser

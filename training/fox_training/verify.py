@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import documents as sources
+from .commands import add_batch_argument, add_device_argument, command_parser, errors_of_the_user, load
 
 DESCRIPTION = """\
 Load a model as anybody would, evaluate it on the text that its card names, and compare with the card's own figures.
@@ -28,29 +29,21 @@ SAME, ROUNDED = 1e-4, 2e-3
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fox_training.verify",
-        usage="%(prog)s MODEL [options]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("verify", DESCRIPTION, "MODEL [options]")
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a model with its card, or Hub id")
     add("--data", metavar="SOURCE", help="the held-out text (default: what the recipe or the card names)")
     add("--column", default="text", help="field that holds the text (default: %(default)s)")
-    add("--device", help="as torch names it (default: cuda if there is one, else cpu)")
-    add("--tokens-per-batch", type=int, default=16384, metavar="N", help="tokens read at once (default: %(default)s)")
+    add_device_argument(add)
+    add_batch_argument(add)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns 0 if the figures are the card's, 1 if not; prints one line for an error of the user."""
     args = parser().parse_args(argv)
-    try:
+    with errors_of_the_user(parser()):
         rows = verify(args)
-    except ValueError as error:
-        parser().exit(2, f"python -m fox_training.verify: error: {error}\n")
     for name, card, measured, agrees in rows:
         print(f"{name:<22} card {card:12.6f}   measured {measured:12.6f}   {'ok' if agrees else 'DIFFERS'}")
     return 0 if all(agrees for *_, agrees in rows) else 1
@@ -62,18 +55,16 @@ def verify(args: argparse.Namespace) -> list[tuple[str, float, float, bool]]:
     Raises:
         ValueError: If something needed is missing, or the text is not the card's.
     """
-    from . import evaluate, pretrained, provenance, scoring
+    from . import evaluate, provenance, scoring
 
     folder = fetch(args.model)
     known = read_evaluation(folder)
     card = read_card(folder)
     held_out = find_text(args, folder, known["data"])
-    tokenizer = pretrained.load_tokenizer(str(folder))
-    tolerance = known.get("log_pruning_tolerance")
-    overrides = {} if tolerance is None else {"log_pruning_tolerance": tolerance}
-    model = pretrained.load_model(
-        str(folder), attention=known["attention"], dtype=known["dtype"], device=args.device, **overrides
-    )
+    tokenizer, model = load(
+        str(folder), attention=known["attention"], dtype=known["dtype"], device=args.device,
+        log_pruning_tolerance=known.get("log_pruning_tolerance"),
+    )  # fmt: skip
     if provenance.weights_sha256(str(folder)) != known["weights_sha256"]:
         raise ValueError(f"the weights of {args.model} are not those that evaluation.json was measured with.")
     token_ids, _ = evaluate.encode(tokenizer, held_out.texts)
