@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
+from twenty_thousand_steps import lost_by_the_operator
 
 from helpers import random_tokens, tiny_fox
 from modeling_fox import FoxEvictingCache, FoxModel
@@ -109,6 +110,14 @@ def test_no_row_of_attention_ever_had_more_on_what_was_dropped():
     gone = torch.arange(200) < torch.stack(first).T.repeat_interleave(2, 0)[..., None]
     lost = float((weights * gone).sum(-1).max())
     assert 0 < lost <= cache.lost_mass_bound() <= math.exp(-4.0)
+
+
+def test_with_trained_gates_no_row_loses_more_than_eps():
+    """At the worst scores that the bound allows; `python tests/twenty_thousand_steps.py` takes 20,000 steps."""
+    found = [head for head in lost_by_the_operator(300, torch.bfloat16, worst=True) if head[0] == "trained"]
+    assert len(found) == 10 and sum(dropped > 100 for _, dropped, *_ in found) >= 5
+    assert all(lost <= reported <= math.exp(-10.0) for _, _, lost, _, reported in found)
+    assert max(lost for _, _, lost, *_ in found) > 1e-7
 
 
 @torch.no_grad()
