@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fox_training import cli, demo
+from fox_training import cli, demo, evaluate
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,8 +88,12 @@ def test_the_demo_goes_the_whole_path_and_fails_a_model_that_has_learned_nothing
     assert f"| {report['results']['bits_per_byte']:.4f} |" in text
     steps = (out / "metrics.jsonl").read_text(encoding="utf-8")
 
-    monkeypatch.setattr(demo, "reload_and_generate", lambda model, prompt: "")
-    assert demo.main(arguments) == 1
+    def measured(*arguments):
+        raise ValueError("nothing left to do")
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
     assert (out / "metrics.jsonl").read_text(encoding="utf-8") == steps, "a finished run is not trained again"
 
 

@@ -1,18 +1,18 @@
 """Needles, recall and the loss beyond the training length, on models whose answers are known; and shared figures."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from itertools import combinations
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import server
 from safetensors.torch import load_file, save_file
 
 from fox_training import card, evaluate, long_context, scoring, verify
@@ -20,7 +20,6 @@ from fox_training.recipe import DataRecipe, ModelRecipe, Recipe, save_recipe
 from fox_training.tokenizers import byte_tokenizer
 from helpers import tiny_fox
 
-ROOT = Path(__file__).resolve().parents[1]
 HAY = ["A first sentence. And a second one, somewhat longer than the first. " * 20, "A third text! No full stop"]
 CONFIG = SimpleNamespace(model_type="fox", max_position_embeddings=64)
 
@@ -192,15 +191,21 @@ def test_the_card_has_the_figures_of_every_part(run):
         assert f"(figures/{figure}.png)" in text and (run / "model" / "figures" / f"{figure}.png").is_file()
 
 
+def verify_elsewhere(shared, place):
+    os.chdir(place)
+    with open("said.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        status = verify.main([shared])
+    sys.exit(status)
+
+
 def test_a_shared_model_has_the_figures_of_its_card_in_a_fresh_process(run, tmp_path):
     shared = shutil.copytree(run / "model", tmp_path / "elsewhere")
-    done = subprocess.run(
-        [sys.executable, "-m", "fox_training.verify", str(shared)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / x) for x in (".", "kernels", "training"))},
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"card +[\d.]+ +measured +[\d.]+ +ok$", done.stdout, re.MULTILINE)) == 3
+    process = server().Process(target=verify_elsewhere, args=(str(shared), str(tmp_path)))
+    process.start()
+    process.join(240)
+    said = (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert process.exitcode == 0, said
+    assert len(re.findall(r"card +[\d.]+ +measured +[\d.]+ +ok$", said, re.MULTILINE)) == 3
 
 
 def test_other_figures_weights_or_text_do_not_pass(run, tmp_path, capsys):
