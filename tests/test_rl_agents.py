@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from interrupted import assert_pruned, whole_and_resumed
 from transformers import AutoModel
 
 from fox_rl.agents import common, pqn, training
@@ -42,49 +43,17 @@ def ppo_options(folder="", **changes):
     return ppo_fox.Options(**{**sizes, "output_dir": str(folder), **changes})
 
 
-def crash_after_checkpoint(number, monkeypatch, train):
-    """Run `train` until its checkpoint of this number is written."""
-    save, written = common.save_checkpoint, []
-
-    def save_and_crash(*args, **kwargs):
-        save(*args, **kwargs)
-        written.append(1)
-        if len(written) == number:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(common, "save_checkpoint", save_and_crash)
-        train()
+def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path):
+    _, parts = whole_and_resumed(pqn, lambda folder: pqn_options(folder, final_sparsity=0.8), tmp_path, 384)
+    assert parts.update == 6
+    assert_pruned(parts.network, parts.pruners["network"], 0.8)
 
 
-@pytest.mark.parametrize("sparsity", [0.8])
-def test_a_stopped_pqn_goes_on_bit_for_bit(tmp_path, monkeypatch, sparsity):
-    whole = pqn.train(pqn_options(tmp_path / "whole", final_sparsity=sparsity), quiet=True)
-    options = pqn_options(tmp_path / "parts", final_sparsity=sparsity)
-    crash_after_checkpoint(2, monkeypatch, lambda: pqn.train(options, quiet=True))
-    parts = pqn.train(options, quiet=True)
-    assert parts.update == whole.update == 6
-    assert same(weights(whole.network), weights(parts.network))
-    assert whole.meter.returns == parts.meter.returns
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
-    if sparsity:
-        pruner = parts.pruners["network"]
-        assert pruner.sparsity() == pytest.approx(sparsity, abs=0.01)
-        masked = [parts.network.get_parameter(n)[~keep] for n, keep in pruner.masks.items()]
-        assert all(torch.all(w == 0) for w in masked)
-
-
-def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_stopped_ppo_with_memory_goes_on_bit_for_bit(tmp_path):
     from fox_rl.agents import ppo_fox
 
     env = dict(env_id="CartPole-v1", context_steps=8)
-    whole = ppo_fox.train(ppo_options(tmp_path / "whole", **env), quiet=True)
-    options = ppo_options(tmp_path / "parts", **env)
-    crash_after_checkpoint(1, monkeypatch, lambda: ppo_fox.train(options, quiet=True))
-    parts = ppo_fox.train(options, quiet=True)
-    assert same(weights(whole.network), weights(parts.network))
-    assert whole.meter.returns == parts.meter.returns
+    whole_and_resumed(ppo_fox, lambda folder: ppo_options(folder, **env), tmp_path, 192)
 
 
 def test_what_ppo_saves_loads_and_its_card_says_how_good_it_is(tmp_path):

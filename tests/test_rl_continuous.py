@@ -8,7 +8,9 @@ import torch
 
 gym = pytest.importorskip("gymnasium")
 
-from fox_rl.agents import off_policy, sac, td3, training  # noqa: E402
+from interrupted import assert_pruned, whole_and_resumed  # noqa: E402
+
+from fox_rl.agents import off_policy, sac, td3  # noqa: E402
 from fox_rl.continuous import ActorCritic  # noqa: E402
 
 learning = pytest.mark.skipif(not os.environ.get("FOX_LEARNING"), reason="minutes long: FOX_LEARNING=1")
@@ -86,33 +88,18 @@ def test_the_actor_step_leaves_the_critics_with_the_gradients_of_their_own_loss(
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, module, changes):
-    changes = dict(total_steps=100, start_steps=40, **changes)
-    whole = module.train(options(tmp_path / "whole", module, **changes), quiet=True)
-    settings = options(tmp_path / "parts", module, checkpoint_every=60, **changes)
-    crashing = module.Agent(settings)
-    advance = crashing.advance
-
-    def crash():
-        if crashing.step == 80:
-            raise KeyboardInterrupt
-        return advance()
-
-    crashing.advance = crash
-    with pytest.raises(KeyboardInterrupt):
-        training.run(crashing, quiet=True)
-    parts = module.train(settings, quiet=True)
-    for name in ("network", "target_critics"):
-        pairs = zip(getattr(whole, name).parameters(), getattr(parts, name).parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert whole.meter.returns == parts.meter.returns and whole.stopper.num_stopped == parts.stopper.num_stopped
+    changes = dict(total_steps=100, start_steps=40, checkpoint_every=60, **changes)
+    whole, parts = whole_and_resumed(
+        module, lambda folder: options(folder, module, **changes), tmp_path, 80, ("network", "target_critics")
+    )
+    assert whole.stopper.num_stopped == parts.stopper.num_stopped
     assert whole.envs.saved_steps == parts.envs.saved_steps
     if module is sac:
         assert whole.log_temperature_value == parts.log_temperature_value != 0.0
     for name, pruner in parts.pruners.items():
-        assert pruner.sparsity() == pytest.approx(0.8, abs=0.02)
-        target = getattr(parts, f"target_{name}", None)
-        if target is not None:
-            assert all(torch.all(target.get_parameter(n)[~keep] == 0) for n, keep in pruner.masks.items())
+        assert_pruned(getattr(parts, name), pruner, 0.8)
+        if hasattr(parts, f"target_{name}"):
+            assert_pruned(getattr(parts, f"target_{name}"), pruner, 0.8)
 
 
 @pytest.mark.parametrize("module", [td3, sac])

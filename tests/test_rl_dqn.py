@@ -8,7 +8,9 @@ import torch
 
 gym = pytest.importorskip("gymnasium")
 
-from fox_rl.agents import dqn, training  # noqa: E402
+from interrupted import assert_pruned, whole_and_resumed  # noqa: E402
+
+from fox_rl.agents import dqn  # noqa: E402
 from fox_rl.networks import NoisyLinear, QHead  # noqa: E402
 from fox_rl.q_network import QNetwork  # noqa: E402
 from fox_rl.replay import MultiStep, PrioritizedReplay, Replay, SumTree  # noqa: E402
@@ -201,28 +203,11 @@ def test_the_loss_of_distributions_bootstraps_only_where_nothing_was_terminated(
     "changes", [dict(final_sparsity=0.8, num_envs=2), dict(rainbow=True, blocks=0)], ids=["pruned", "rainbow"]
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, changes):
-    whole = dqn.train(options(tmp_path / "whole", **changes), quiet=True)
-    settings = options(tmp_path / "parts", checkpoint_every=120, **changes)
-    crashing = dqn.Agent(settings)
-    advance = crashing.advance
-
-    def crash():
-        if crashing.step == 170:
-            raise KeyboardInterrupt
-        return advance()
-
-    crashing.advance = crash
-    with pytest.raises(KeyboardInterrupt):
-        training.run(crashing, quiet=True)
-    parts = dqn.train(settings, quiet=True)
-    for name in ("network", "target"):
-        pairs = zip(getattr(whole, name).parameters(), getattr(parts, name).parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs)
-    assert whole.meter.returns == parts.meter.returns
+    _, parts = whole_and_resumed(
+        dqn, lambda folder: options(folder, checkpoint_every=120, **changes), tmp_path, 170, ("network", "target")
+    )
     if "final_sparsity" in changes:
-        pruner = parts.pruners["network"]
-        assert pruner.sparsity() == pytest.approx(0.8, abs=0.02)
-        assert all(torch.all(parts.target.get_parameter(n)[~keep] == 0) for n, keep in pruner.masks.items())
+        assert_pruned(parts.target, parts.pruners["network"], 0.8)
     else:
         assert isinstance(parts.replay, PrioritizedReplay) and parts.network.num_atoms == 51
         assert float(parts.replay.data["factor"][0]) == pytest.approx(0.99**3)

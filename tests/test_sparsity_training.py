@@ -14,6 +14,8 @@ from fox_training.sparsity import SparsityConfig
 from fox_training.train import train
 from helpers import random_tokens, tiny_fox
 
+pytestmark = pytest.mark.usefixtures("without_cards")
+
 TINY = {
     "run": {"device": "cpu"},
     "model": {

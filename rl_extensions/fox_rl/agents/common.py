@@ -25,6 +25,7 @@ from tqdm import tqdm
 from fox_training.optimizers import OPTIMIZERS
 
 from ..envs import register_environments
+from ..q_network import QNetwork
 
 
 def option(default: Any, text: str) -> Any:
@@ -52,6 +53,28 @@ class RunOptions:
     eval_episodes: int = option(10, "episodes without exploration at the end, for the model card; 0 for none")
     video_dir: str = option("", "folder for a video of the first evaluated episode; needs moviepy")
     push_to_hub: str = option("", "repository (user/name) to which model/ is uploaded at the end")
+
+
+@dataclasses.dataclass
+class ValueOptions(RunOptions):
+    """Options of agents with a `QNetwork`."""
+
+    env_id: str = option("CartPole-v1", "Gymnasium id; vector or 84 x 84 pixel observations, discrete actions")
+    encoder: str = option("impala", "of pixels: impala or nature")
+    encoder_width: int = option(1, "factor on the channels of the encoder")
+    readout: str = option("gap", "of pixels: flatten, gap, per_conv_sum, per_conv_mean or soft_moe")
+    width: int = option(128, "of the trunk")
+    blocks: int = option(1, "residual blocks of the trunk, two layers each")
+    skip: str = option("multi", "multi, residual or none")
+
+
+def build_q_network(envs: VectorEnv, options: ValueOptions, **head: Any) -> QNetwork:
+    """The network that fits the spaces and the options; `head` is for `QNetwork`."""
+    return QNetwork.for_spaces(
+        envs.single_observation_space, envs.single_action_space, width=options.width, blocks=options.blocks,
+        skip=options.skip, encoder=options.encoder, encoder_width=options.encoder_width, readout=options.readout,
+        **head,
+    )  # fmt: skip
 
 
 def options_from_command_line(cls: type, description: str, argv: list[str] | None = None) -> Any:

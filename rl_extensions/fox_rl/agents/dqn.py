@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fox_rl.diagnostics import gradient_norms
-from fox_rl.q_network import QNetwork
 from fox_rl.replay import MultiStep, PrioritizedReplay, Replay
 from fox_rl.returns import categorical_target
 from fox_training.optimizers import build_optimizer
@@ -33,10 +32,9 @@ from .common import option
 
 
 @dataclass
-class Options(common.RunOptions):
+class Options(common.ValueOptions):
     """Options of the command line."""
 
-    env_id: str = option("CartPole-v1", "Gymnasium id; vector or 84 x 84 pixel observations, discrete actions")
     learning_rate: float = option(1e-3, "of the optimizer; kron takes a third, see fox_training.optimizers")
     log_every: int = option(1_000, "environment steps between log lines")
     start_steps: int = option(1_000, "steps with random actions before the first update")
@@ -59,12 +57,6 @@ class Options(common.RunOptions):
     num_atoms: int = option(1, "of the distribution; 1 learns the mean alone")
     v_min: float = option(-10.0, "lowest atom")
     v_max: float = option(10.0, "highest atom")
-    encoder: str = option("impala", "of pixels: impala or nature")
-    encoder_width: int = option(1, "factor on the channels of the encoder")
-    readout: str = option("gap", "of pixels: flatten, gap, per_conv_sum, per_conv_mean or soft_moe")
-    width: int = option(128, "of the trunk")
-    blocks: int = option(1, "residual blocks of the trunk, two layers each")
-    skip: str = option("multi", "multi, residual or none")
 
     def __post_init__(self):
         if self.rainbow:
@@ -85,10 +77,8 @@ class Agent(training.Agent):
         common.check_positive(options, "train_every", "batch_size", "target_every", "multi_steps")
         self.title = "Rainbow" if options.rainbow else "C51" if options.num_atoms > 1 else "DQN"
         self.envs = common.make_environments(options.env_id, options.num_envs)
-        self.network = QNetwork.for_spaces(
-            self.envs.single_observation_space, self.envs.single_action_space, width=options.width,
-            blocks=options.blocks, skip=options.skip, encoder=options.encoder, encoder_width=options.encoder_width,
-            readout=options.readout, num_atoms=options.num_atoms, v_min=options.v_min, v_max=options.v_max,
+        self.network = common.build_q_network(
+            self.envs, options, num_atoms=options.num_atoms, v_min=options.v_min, v_max=options.v_max,
             dueling=options.dueling, noisy=options.noisy,
         ).to(self.device)  # fmt: skip
         self.target = copy.deepcopy(self.network).requires_grad_(False)

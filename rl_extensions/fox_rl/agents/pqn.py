@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fox_rl.diagnostics import gradient_norms
-from fox_rl.q_network import QNetwork
 from fox_rl.returns import lambda_returns
 from fox_training.optimizers import build_optimizer
 
@@ -29,10 +28,9 @@ from .common import option
 
 
 @dataclass
-class Options(common.RunOptions):
+class Options(common.ValueOptions):
     """Options of the command line."""
 
-    env_id: str = option("CartPole-v1", "Gymnasium id; vector or 84 x 84 pixel observations, discrete actions")
     num_envs: int = option(32, "environments of each process")
     total_steps: int = option(150_000, "environment steps over all processes")
     learning_rate: float = option(5e-4, "of the optimizer; kron takes a third, see fox_training.optimizers")
@@ -45,12 +43,6 @@ class Options(common.RunOptions):
     max_grad_norm: float = option(10.0, "gradient norm is clipped here")
     epsilon_end: float = option(0.05, "share of random actions at the end; it starts at 1")
     epsilon_fraction: float = option(0.5, "share of the steps over which it falls")
-    encoder: str = option("impala", "of pixels: impala or nature")
-    encoder_width: int = option(1, "factor on the channels of the encoder")
-    readout: str = option("gap", "of pixels: flatten, gap, per_conv_sum, per_conv_mean or soft_moe")
-    width: int = option(128, "of the trunk")
-    blocks: int = option(1, "residual blocks of the trunk, two layers each")
-    skip: str = option("multi", "multi, residual or none")
 
 
 class Agent(training.OnPolicyAgent):
@@ -62,11 +54,7 @@ class Agent(training.OnPolicyAgent):
     def __init__(self, options: Options, accelerator: Accelerator | None = None):
         super().__init__(options, accelerator)
         self.envs = common.make_environments(options.env_id, options.num_envs)
-        self.network = QNetwork.for_spaces(
-            self.envs.single_observation_space, self.envs.single_action_space, width=options.width,
-            blocks=options.blocks, skip=options.skip, encoder=options.encoder, encoder_width=options.encoder_width,
-            readout=options.readout,
-        )  # fmt: skip
+        self.network = common.build_q_network(self.envs, options)
         optimizer = build_optimizer(options.optimizer, self.network.parameters(), options.learning_rate)
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.prune("network", self.network, self.optimizer, self.optimizer_steps)
