@@ -27,7 +27,7 @@ LAYER_TYPE = "forgetting_attention"
 
 FGATE_TYPES = ("full", "bias_only", "fixed", "none")
 OUTPUT_GATE_ACTS = ("sigmoid", "silu")
-PRUNING_RULES = ("paper", "tight")
+PRUNING_RULES = ("tight", "paper")
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 MLP_WIDTH_MULTIPLE = 256
 REPLICATED_STYLE = "replicated_with_grad_allreduce"
@@ -121,7 +121,7 @@ class FoxConfig(PreTrainedConfig):
         log_pruning_tolerance (`float`, *optional*):
             Natural log of the attention mass that a query may lose to skipped key blocks, negative; -10.0 allows
             4.5e-5. `None` computes every block. Only `attn_implementation="fox_acp"` prunes.
-        pruning_rule (`str`, *optional*, defaults to `"paper"`):
+        pruning_rule (`str`, *optional*, defaults to `"tight"`):
             How the blocks to skip are found. `"paper"` is the published threshold on the gates; `"tight"` adds up
             what the blocks weigh, skips more and costs more to decide. Decoding always takes `"paper"`.
 
@@ -193,7 +193,7 @@ class FoxConfig(PreTrainedConfig):
     fgate_decay_time_min: float | int | None = None
     fgate_decay_time_max: float | int | None = None
     log_pruning_tolerance: float | int | None = None
-    pruning_rule: str = "paper"
+    pruning_rule: str = "tight"
 
     def __post_init__(self, **kwargs):
         # The checks run here too, not only in the `@strict` validators: those wrap every ValueError in an error of

@@ -7,9 +7,11 @@ Letters:  B batch, H query heads, H_kv key heads, T queries, S keys, D head dim;
 import contextlib
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import blockwise
 from ._ops import add_op_namespace_prefix
+from .dispatch import needs_op
 from .gates import GATE_BLOCK, GateSums, first_visible_key, gate_gradient, prepare
 from .pruning import PRUNING_RULES, PruningStats, prune, statistics
 
@@ -31,7 +33,7 @@ def forgetting_attention(
     *,
     scale: float | None = None,
     log_pruning_tolerance: float | None = None,
-    pruning_rule: str = "paper",
+    pruning_rule: str = "tight",
     logit_bound: float | torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
     window: int | None = None,
@@ -59,10 +61,10 @@ def forgetting_attention(
         scale: Factor on `q . k`. Default: `D ** -0.5`.
         log_pruning_tolerance: Adaptive computation pruning: natural log of the attention mass that a row may lose to
             skipped blocks, e.g. -10.0 for 4.5e-5. Default: None, nothing is skipped.
-        pruning_rule: `"paper"`: a block of keys is skipped when its largest decay is below `-2U - log S + log eps`;
-            looks at the gates only. `"tight"`: when it and all before it hold less than eps of every row's attention,
-            added up from the scores; looks at queries and keys where decay leaves something to win, skips more, and
-            costs more to decide.
+        pruning_rule: `"tight"`: blocks of keys are skipped as long as they hold, all together, less than eps of every
+            row's attention, added up from the scores; looks at queries and keys where decay leaves something to win.
+            `"paper"`: a block is skipped when its largest decay is below `-2U - log S + log eps`; looks at the gates
+            only, skips less, and costs less to decide.
         logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Default:
             None, measured as `|scale| * max ||q|| * max ||k||` per head in float32.
         key_start: `(B,)` int32 or int64: the keys before it are padding. Default: None, no padding. Padding on the
@@ -108,11 +110,13 @@ def _attend(
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
     _check_window(window)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    log_pruning_tolerance = None if log_pruning_tolerance is None else float(log_pruning_tolerance)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     key_start = None if key_start is None else key_start.contiguous()
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    out, _, within, starts, first_key = _forgetting_attention(
+    attend = _forgetting_attention if needs_op(q, k, v, log_fgate) else _Attention.apply
+    out, _, within, starts, first_key = attend(
         q, k, v, log_fgate, scale, log_pruning_tolerance, pruning_rule, bound, key_start, window, cu_seqlens,
         deterministic,
     )  # fmt: skip
@@ -237,10 +241,7 @@ def _require_triton():
         ) from _TRITON_ERROR
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("forgetting_attention"), mutates_args=(), device_types=("cpu", "cuda")
-)
-def _forgetting_attention(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -255,8 +256,7 @@ def _forgetting_attention(
     deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return o, then for the backward pass lse (B, H, T) in bits, the two tensors of `GateSums`, and first_key."""
-    # Autocast reaches into a custom op and would round the scores.
-    with on_device_of(q), torch.autocast(q.device.type, enabled=False):
+    with on_device_of(q), _without_autocast(q.device.type):
         sums, first_key = prepare(log_fgate, key_start, q.shape[2], window, cu_seqlens)
         if log_tolerance is not None:
             first_key = prune(
@@ -270,6 +270,16 @@ def _forgetting_attention(
             pruned = log_tolerance is not None
             out, lse = triton_forward.forward(q, k, v, sums, first_key, scale, pruned=pruned)
     return out, lse, *sums, first_key
+
+
+_forgetting_attention = torch.library.custom_op(
+    add_op_namespace_prefix("forgetting_attention"), _forward, mutates_args=(), device_types=("cpu", "cuda")
+)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Autocast reaches into the operator and would round the scores."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 @_forgetting_attention.register_fake
@@ -288,10 +298,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    add_op_namespace_prefix("forgetting_attention_backward"), mutates_args=(), device_types=("cpu", "cuda")
-)
-def _forgetting_attention_backward(
+def _gradients(
     grad_out: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -319,6 +326,11 @@ def _forgetting_attention_backward(
         return dq, dk, dv, gate_gradient(column_sum, log_fgate, cu_seqlens)
 
 
+_forgetting_attention_backward = torch.library.custom_op(
+    add_op_namespace_prefix("forgetting_attention_backward"), _gradients, mutates_args=(), device_types=("cpu", "cuda")
+)
+
+
 @_forgetting_attention_backward.register_fake
 def _(grad_out, q, k, v, log_fgate, out, lse, within, starts, first_key, cu_seqlens, scale, deterministic):
     return (
@@ -336,11 +348,26 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, *_):
+def _backward(ctx, grad_out, *_, gradients=_forgetting_attention_backward):
     if grad_out is None:
         return (None,) * 12
-    grads = _forgetting_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
+    grads = gradients(grad_out, *ctx.saved_tensors, ctx.scale, ctx.deterministic)
     return (*grads, *(None,) * 8)
 
 
 _forgetting_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The operator for plain tensors in eager mode: what a custom op adds to a call takes as long as small kernels."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # with a setup_context of its own it would bind the arguments by name, for 0.1 ms
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, *_):
+        return _backward(ctx, grad_out, gradients=_gradients)

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gates import GATE_BLOCK, LOG2_E, GateSums
 from .gluon_forward import NO_KEY, gluon_descriptor, load_async, pass_turn, store_async, wait_turn
+from .launch import described, launch
 from .tile_sizes import padded_head_dim
 
 if hasattr(tma, "async_atomic_add"):
@@ -443,21 +444,25 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     column_sum = torch.empty(batch, num_heads, num_keys, dtype=torch.float32, device=q.device)
     tensors = [
-        gluon_descriptor(x, rows, columns)
+        described(gluon_descriptor, x, rows, columns)
         for x, rows, columns in (
             (q, 64, width), (k, 128, width // 2), (v, 64, width), (grad_out, 64, width), (total, 64, width // 2),
             (dk, 64, width), (dv, 64, width),
         )
     ]  # fmt: skip
-    gluon_backward_kernel[(num_tiles * batch * num_kv_heads,)](
-        *tensors, sums.within, sums.starts, first_key, delta, row_bits, refs, residue, column_sum,
-        seen, scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], refs.shape[-1],
-        padded, num_tiles, batch * num_kv_heads, section, sums.within.stride(0), sums.starts.stride(0),
-        refs.stride(0), seen.stride(0), G=num_heads // num_kv_heads, D=width, STAGES=4 if width == 64 else 2,
-        CONSUMER_REGISTERS=240, PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
+    launch(
+        gluon_backward_kernel, (num_tiles * batch * num_kv_heads,),
+        (*tensors, sums.within, sums.starts, first_key, delta, row_bits, refs, residue, column_sum, seen),
+        (scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], refs.shape[-1], padded,
+         num_tiles, batch * num_kv_heads, section, sums.within.stride(0), sums.starts.stride(0), refs.stride(0),
+         seen.stride(0)),
+        G=num_heads // num_kv_heads, D=width, STAGES=4 if width == 64 else 2, CONSUMER_REGISTERS=240,
+        PRODUCER_REGISTERS=24, num_warps=4, maxnreg=168,
     )  # fmt: skip
-    finish_dq_kernel[(batch * num_heads, -(-num_queries // 64))](
-        total, dq, residue, column_sum, scale, num_queries, num_keys, num_heads, padded, *dq.stride()[:3],
+    launch(
+        finish_dq_kernel, (batch * num_heads, -(-num_queries // 64)),
+        (total, dq, residue, column_sum),
+        (scale, num_queries, num_keys, num_heads, padded, *dq.stride()[:3]),
         D=dim, BLOCK_D=width, ROWS=64,
     )  # fmt: skip
     return dq, dk, dv, column_sum

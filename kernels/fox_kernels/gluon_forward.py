@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .gates import GATE_BLOCK
+from .launch import described, launch
 from .tile_sizes import descriptor_strides, padded_head_dim, programs_at_once
 
 # Renamed between Triton 3.6 and 3.9.
@@ -584,17 +585,16 @@ def new_marks(batch: int, num_heads: int, num_queries: int, device: torch.device
 def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section, pruned):
     """Launch the kernel; fills out, lse `(B, H, T)` and `new_marks`."""
     batch, num_heads, num_queries, _ = q.shape
-    num_keys = k.shape[2]
     dim = padded_head_dim(q.shape[3])
     tuned = TUNED[dim, pruned and num_queries <= FEW_QUERIES]
     num_tiles = -(-num_queries // (tuned.groups * ROWS.value))
     rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
-    tensors = [gluon_descriptor(x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
-    num_work = num_tiles * batch * num_heads
-    gluon_forward_kernel[(min(num_work, programs_at_once(q.device)),)](
-        *tensors, sums.within, sums.starts, first_key, lse, marks.marks, marks.any, marks.counter, score_scale,
-        largest_sum, num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section,
-        marks.marks.shape[2], sums.within.stride(0), sums.starts.stride(0), G=num_heads // k.shape[1], D=dim,
-        GROUPS=tuned.groups, STAGES=tuned.stages, CONSUMER_REGISTERS=tuned.registers,
+    tensors = [described(gluon_descriptor, x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
+    launch(
+        gluon_forward_kernel, (min(num_tiles * batch * num_heads, programs_at_once(q.device)),),
+        (*tensors, sums.within, sums.starts, first_key, lse, marks.marks, marks.any, marks.counter),
+        (score_scale, largest_sum, num_queries, k.shape[2], num_heads, sums.starts.shape[-1], num_tiles,
+         batch * num_heads, section, marks.marks.shape[2], sums.within.stride(0), sums.starts.stride(0)),
+        G=num_heads // k.shape[1], D=dim, GROUPS=tuned.groups, STAGES=tuned.stages, CONSUMER_REGISTERS=tuned.registers,
         PRODUCER_REGISTERS=tuned.loading_registers, num_warps=4, maxnreg=tuned.launch_registers,
     )  # fmt: skip

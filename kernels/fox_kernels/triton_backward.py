@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from .gates import LOG2_E, GateSums
+from .launch import described, launch
 from .tile_sizes import TileSizes, architecture, backward_key_tiles, backward_query_tiles, padded_head_dim
 from .triton_forward import (
     BLOCK,
@@ -363,9 +364,11 @@ def queries_of_key_tiles(first_key: torch.Tensor, num_keys: int, block_s: int) -
     batch, num_heads, num_queries = first_key.shape
     num_tiles = -(-num_keys // block_s)
     rows = torch.empty(2, batch, num_heads, num_tiles, dtype=torch.int32, device=first_key.device)
-    key_tile_rows_kernel[(batch * num_heads, -(-num_tiles // 128))](
-        first_key, rows, num_queries, num_keys, num_tiles, num_queries.bit_length(), rows.stride(0), BLOCK_S=block_s,
-        TILES=128,
+    launch(
+        key_tile_rows_kernel, (batch * num_heads, -(-num_tiles // 128)),
+        (first_key, rows),
+        (num_queries, num_keys, num_tiles, num_queries.bit_length(), rows.stride(0)),
+        BLOCK_S=block_s, TILES=128,
     )  # fmt: skip
     return rows
 
@@ -417,11 +420,12 @@ def _launch_rows(grad_out, out, lse, sums, block_t, padded=False):
     num_rows = num_tiles * block_t if padded else num_queries
     delta, row_bits = (torch.empty(batch, num_heads, num_rows, dtype=torch.float32, device=out.device) for _ in "12")
     refs = torch.empty(2, batch, num_heads, num_tiles, dtype=torch.float32, device=out.device)
-    backward_rows_kernel[(batch * num_heads, -(-num_queries // ROWS))](
-        out, grad_out, sums.within, sums.starts, lse, delta, row_bits, refs, num_queries, sums.within.shape[-1],
-        num_heads, sums.starts.shape[-1], num_tiles, num_rows, *out.stride()[:3], *grad_out.stride()[:3],
-        sums.within.stride(0),
-        sums.starts.stride(0), refs.stride(0), D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=block_t, ROWS=ROWS,
+    launch(
+        backward_rows_kernel, (batch * num_heads, -(-num_queries // ROWS)),
+        (out, grad_out, sums.within, sums.starts, lse, delta, row_bits, refs),
+        (num_queries, sums.within.shape[-1], num_heads, sums.starts.shape[-1], num_tiles, num_rows, *out.stride()[:3],
+         *grad_out.stride()[:3], sums.within.stride(0), sums.starts.stride(0), refs.stride(0)),
+        D=dim, BLOCK_D=padded_head_dim(dim), BLOCK_T=block_t, ROWS=ROWS,
     )  # fmt: skip
     return delta, row_bits, refs
 
@@ -433,13 +437,15 @@ def _launch_queries(grad_out, q, k, v, dq, lse, sums, first_key, delta, scale, t
     tensors = (q, k, v, grad_out)
     if shared["DESCRIPTORS"]:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
-        tensors = [descriptor(x, n, shared["BLOCK_D"]) for x, n in zip(tensors, rows, strict=True)]
-    forgetting_attention_backward_query_kernel[(num_tiles * batch * num_heads,)](
-        *tensors, dq, sums.within, sums.starts, first_key, lse, delta, scale * LOG2_E, scale, num_queries, num_keys,
-        num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, heads_in_l2(num_keys, dim, q.element_size()),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-        sums.within.stride(0), sums.starts.stride(0), BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s,
-        NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
+        tensors = [described(descriptor, x, n, shared["BLOCK_D"]) for x, n in zip(tensors, rows, strict=True)]
+    launch(
+        forgetting_attention_backward_query_kernel, (num_tiles * batch * num_heads,),
+        (*tensors, dq, sums.within, sums.starts, first_key, lse, delta),
+        (scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads,
+         heads_in_l2(num_keys, dim, q.element_size()), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+         *grad_out.stride()[:3], *dq.stride()[:3], sums.within.stride(0), sums.starts.stride(0)),
+        BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages, **shared,
     )  # fmt: skip
 
 
@@ -453,14 +459,16 @@ def _launch_keys(grad_out, q, k, v, lse, sums, first_key, delta, row_bits, refs,
     tensors = (q, k, v, grad_out)
     if shared["DESCRIPTORS"]:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
-        tensors = [descriptor(x, n, shared["BLOCK_D"]) for x, n in zip(tensors, rows, strict=True)]
+        tensors = [described(descriptor, x, n, shared["BLOCK_D"]) for x, n in zip(tensors, rows, strict=True)]
     section = max(1, heads_in_l2(num_queries, dim, q.element_size()) // 2)
-    forgetting_attention_backward_key_kernel[(num_tiles * batch * num_kv_heads,)](
-        *tensors, dk, dv, sums.within, sums.starts, first_key, lse, delta, row_bits, refs, column_sum, seen,
-        scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], refs.shape[-1], num_tiles,
-        batch * num_kv_heads, section, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], sums.within.stride(0), sums.starts.stride(0), refs.stride(0),
-        seen.stride(0), BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s, NUM_STAGES=tiles.num_stages,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **shared,
+    launch(
+        forgetting_attention_backward_key_kernel, (num_tiles * batch * num_kv_heads,),
+        (*tensors, dk, dv, sums.within, sums.starts, first_key, lse, delta, row_bits, refs, column_sum, seen),
+        (scale * LOG2_E, scale, num_queries, num_keys, num_heads, sums.starts.shape[-1], refs.shape[-1], num_tiles,
+         batch * num_kv_heads, section, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
+         *dk.stride()[:3], *dv.stride()[:3], sums.within.stride(0), sums.starts.stride(0), refs.stride(0),
+         seen.stride(0)),
+        BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages, **shared,
     )  # fmt: skip
     return dk, dv, column_sum

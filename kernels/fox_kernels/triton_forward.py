@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from .gates import GATE_BLOCK, LOG2_E, GateSums
+from .launch import described, launch
 from .tile_sizes import TileSizes, architecture, descriptor_strides, forward_tiles, padded_head_dim
 
 try:
@@ -474,17 +475,20 @@ def forward(
         marks = gluon_forward.new_marks(batch, num_heads, num_queries, q.device)
         gluon_forward.forward(q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, pruned)
         num_programs = min(num_programs, MARKED_PROGRAMS)
+        descriptors = False  # four of them would cost more to make than this launch takes
     tensors = (q, k, v, out)
     if descriptors:
         rows = (tiles.block_t, tiles.block_s, tiles.block_s, tiles.block_t)
-        tensors = [descriptor(x, n, block_d) for x, n in zip(tensors, rows, strict=True)]
-    forgetting_attention_forward_kernel[(num_programs,)](
-        *tensors, sums.within, sums.starts, first_key, lse, *(marks or (first_key, first_key))[:2], scale * LOG2_E,
-        num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads, section,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], sums.within.stride(0),
-        sums.starts.stride(0), G=num_heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_T=tiles.block_t,
-        BLOCK_S=tiles.block_s, PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, DESCRIPTORS=descriptors,
-        ANCHOR=q.dtype == torch.bfloat16, LARGEST_SUM=largest_sum, MARKED=marks is not None,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        tensors = [described(descriptor, x, n, block_d) for x, n in zip(tensors, rows, strict=True)]
+    launch(
+        forgetting_attention_forward_kernel, (num_programs,),
+        (*tensors, sums.within, sums.starts, first_key, lse, *(marks or (first_key, first_key))[:2]),
+        (scale * LOG2_E, num_queries, num_keys, num_heads, sums.starts.shape[-1], num_tiles, batch * num_heads,
+         section, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], sums.within.stride(0),
+         sums.starts.stride(0)),
+        G=num_heads // k.shape[1], D=dim, BLOCK_D=block_d, BLOCK_T=tiles.block_t, BLOCK_S=tiles.block_s,
+        PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, DESCRIPTORS=descriptors,
+        ANCHOR=q.dtype == torch.bfloat16, LARGEST_SUM=largest_sum, MARKED=marks is not None, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 CHUNK = 1024  # 16384 chunks are 16M tokens, the most that the sum over chunk totals holds in one program
 GATE_BLOCK = tl.constexpr(128)
 CLOSED_GATE = tl.constexpr(-1e4)
@@ -192,15 +194,20 @@ def prepare(
     if num_chunks > 1:
         total = torch.empty(*rows, num_chunks, dtype=torch.float64, device=log_fgate.device)
         reset = torch.empty(*rows, num_chunks, dtype=torch.int32, device=log_fgate.device)
-        chunk_totals_kernel[grid](
-            log_fgate, total, reset, num_keys, num_heads, num_chunks, *log_fgate.stride(), CHUNK=CHUNK
-        )
-    running_sums_kernel[grid](
-        log_fgate, log_fgate if key_start is None else key_start, log_fgate if cu_seqlens is None else cu_seqlens,
-        total, reset, within, starts, first_key, num_queries, num_keys, num_blocks, num_heads, num_chunks,
-        0 if window is None else window, *_boundaries(cu_seqlens), *log_fgate.stride(), within.stride(0),
-        starts.stride(0), HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None,
-        PACKED=cu_seqlens is not None, CHUNKS=power, CHUNK=CHUNK,
+        launch(
+            chunk_totals_kernel, grid,
+            (log_fgate, total, reset),
+            (num_keys, num_heads, num_chunks, *log_fgate.stride()),
+            CHUNK=CHUNK,
+        )  # fmt: skip
+    launch(
+        running_sums_kernel, grid,
+        (log_fgate, log_fgate if key_start is None else key_start, log_fgate if cu_seqlens is None else cu_seqlens,
+         total, reset, within, starts, first_key),
+        (num_queries, num_keys, num_blocks, num_heads, num_chunks, 0 if window is None else window,
+         *_boundaries(cu_seqlens), *log_fgate.stride(), within.stride(0), starts.stride(0)),
+        HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None,
+        CHUNKS=power, CHUNK=CHUNK,
     )  # fmt: skip
     return within, starts, first_key
 
@@ -218,11 +225,16 @@ def gate_gradient(
     boundaries = cu_seqlens if packed else column_sum
     if num_chunks > 1:
         total = torch.empty(batch, num_heads, num_chunks, dtype=torch.float64, device=column_sum.device)
-        chunk_gradients_kernel[grid](
-            column_sum, boundaries, total, num_keys, num_chunks, *_boundaries(cu_seqlens), PACKED=packed, CHUNK=CHUNK
-        )
-    gate_gradient_kernel[grid](
-        log_fgate, column_sum, boundaries, total, dgate, num_keys, num_heads, num_chunks, *_boundaries(cu_seqlens),
-        *log_fgate.stride(), PACKED=packed, CHUNKS=power, CHUNK=CHUNK,
+        launch(
+            chunk_gradients_kernel, grid,
+            (column_sum, boundaries, total),
+            (num_keys, num_chunks, *_boundaries(cu_seqlens)),
+            PACKED=packed, CHUNK=CHUNK,
+        )  # fmt: skip
+    launch(
+        gate_gradient_kernel, grid,
+        (log_fgate, column_sum, boundaries, total, dgate),
+        (num_keys, num_heads, num_chunks, *_boundaries(cu_seqlens), *log_fgate.stride()),
+        PACKED=packed, CHUNKS=power, CHUNK=CHUNK,
     )  # fmt: skip
     return dgate

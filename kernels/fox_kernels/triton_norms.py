@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .tile_sizes import padded_head_dim
 
 NORM_CHUNK = 1024  # rows of q or k whose largest norm one program finds
@@ -76,9 +77,11 @@ def largest_norms(q: torch.Tensor, k: torch.Tensor, key_start: torch.Tensor | No
     num_kv_heads, num_keys = k.shape[1:3]
     num_chunks = -(-num_keys // NORM_CHUNK)  # triton.cdiv takes 5 us
     norms = torch.empty(batch, num_heads + num_kv_heads, num_chunks, dtype=torch.float32, device=q.device)
-    largest_norms_kernel[(batch * (num_heads + num_kv_heads), num_chunks)](
-        q, k, q if key_start is None else key_start, norms, num_queries, num_keys, num_heads, num_kv_heads, num_chunks,
-        *q.stride()[:3], *k.stride()[:3], HAS_KEY_START=key_start is not None, D=dim, BLOCK_D=padded_head_dim(dim),
+    launch(
+        largest_norms_kernel, (batch * (num_heads + num_kv_heads), num_chunks),
+        (q, k, q if key_start is None else key_start, norms),
+        (num_queries, num_keys, num_heads, num_kv_heads, num_chunks, *q.stride()[:3], *k.stride()[:3]),
+        HAS_KEY_START=key_start is not None, D=dim, BLOCK_D=padded_head_dim(dim),
         ROWS=max(16, 4096 // padded_head_dim(dim)), CHUNK=NORM_CHUNK,
     )  # fmt: skip
     return norms

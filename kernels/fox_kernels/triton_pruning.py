@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import GateSums
+from .launch import launch
 from .tile_sizes import architecture, padded_head_dim
 from .triton_norms import largest_norms, largest_of
 from .triton_summaries import (
@@ -396,6 +397,14 @@ def _precision() -> str:
     return "ieee" if torch.version.hip else "tf32"
 
 
+def _bound_and_strides(logit_bound, batch, num_heads, other):
+    """`logit_bound` of every head and its strides; `other`, which is never read, where there is none."""
+    if logit_bound is None:
+        return other, (0, 0)
+    bound = logit_bound.expand(batch, num_heads)
+    return bound, bound.stride()
+
+
 def paper_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -411,22 +420,23 @@ def paper_rule(
     batch, num_heads, num_queries, _ = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
     num_blocks = -(-num_queries // BLOCK_T.value)
-    bound = norms = sums.starts  # the one that is not given is never read
-    bound_strides, num_chunks = (0, 0), 0
-    if logit_bound is None:
-        norms = largest_norms(q, k, key_start)
-        num_chunks = norms.shape[-1]
-    else:
-        bound = logit_bound.expand(batch, num_heads)
-        bound_strides = bound.stride()
+    norms = largest_norms(q, k, key_start) if logit_bound is None else sums.starts  # which is never read
+    bound, bound_strides = _bound_and_strides(logit_bound, batch, num_heads, sums.starts)
     first_key = torch.empty_like(first_visible)
-    paper_rule_kernel[(batch * num_heads, -(-num_blocks // ROW_BLOCKS))](
-        *sums, first_visible, bound, norms, first_key, abs(scale), math.log(num_keys) - log_tolerance, num_queries,
-        num_keys, sums.starts.shape[-1], num_blocks, num_heads, num_kv_heads, num_chunks,
-        (num_keys // BLOCK_S.value).bit_length(), sums.within.stride(0), sums.starts.stride(0), *bound_strides,
+    launch(
+        paper_rule_kernel, (batch * num_heads, -(-num_blocks // ROW_BLOCKS)),
+        (*sums, first_visible, bound, norms, first_key),
+        (abs(scale), math.log(num_keys) - log_tolerance, num_queries, num_keys, sums.starts.shape[-1], num_blocks,
+         num_heads, num_kv_heads, norms.shape[-1], (num_keys // BLOCK_S.value).bit_length(), sums.within.stride(0),
+         sums.starts.stride(0), *bound_strides),
         HAS_BOUND=logit_bound is not None, ROW_BLOCKS=ROW_BLOCKS, WIDTH=256,
     )  # fmt: skip
     return first_key
+
+
+def _warps(usual: int, arch: int) -> int:
+    """Triton before 3.9 has no layout for a sum over what Blackwell's tensor memory holds; 16 warps do without it."""
+    return 16 if arch >= 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else usual
 
 
 def tight_rule(
@@ -459,39 +469,44 @@ def tight_rule(
     dropped = torch.empty_like(possible)
     active = torch.empty(rows, num_programs, dtype=torch.int32, device=device)
     first_key = torch.empty_like(first_visible)
-    bound, bound_strides = mass, (0, 0)  # never read if it is not given
-    if logit_bound is not None:
-        bound = logit_bound.expand(batch, num_heads)
-        bound_strides = bound.stride()
+    bound, bound_strides = _bound_and_strides(logit_bound, batch, num_heads, mass)
     lows = (sums.within.stride(0), sums.starts.stride(0), window.stride(0))
     budget = math.log(num_keys) - log_tolerance
-    precision, is_hopper = _precision(), architecture(device) == 90 and q.element_size() == 2
-    gate_tables_kernel[(rows, num_programs)](
-        *sums, first_visible, bound, ends, window, possible, dropped, mass, active, log_tolerance, budget, num_queries,
-        num_keys, num_groups, num_blocks, num_heads, *lows, *bound_strides, HAS_BOUND=logit_bound is not None,
-        GROUPS=GATE_GROUPS, WIDTH=64, num_warps=4,
+    precision, arch = _precision(), architecture(device)
+    is_hopper = arch == 90 and q.element_size() == 2
+    launch(
+        gate_tables_kernel, (rows, num_programs),
+        (*sums, first_visible, bound, ends, window, possible, dropped, mass, active),
+        (log_tolerance, budget, num_queries, num_keys, num_groups, num_blocks, num_heads, *lows, *bound_strides),
+        HAS_BOUND=logit_bound is not None, GROUPS=GATE_GROUPS, WIDTH=64, num_warps=4,
     )  # fmt: skip
     part_d = min(block_d, SPREAD_DIM)
-    key_summaries_kernel[(kv_rows, -(-num_groups // GROUPS))](
-        k, k if key_start is None else key_start, active, norm, spread, center, num_keys, num_groups, num_kv_heads,
-        num_heads // num_kv_heads * num_programs, *k.stride()[:3], HAS_KEY_START=key_start is not None,
-        HAS_ACTIVE=logit_bound is not None, SPREAD_ERROR=SPREAD_ERROR[k.dtype], D=dim, BLOCK_D=block_d, PART_D=part_d,
-        GROUPS=GROUPS, PRECISION=precision, WIDTH=128, num_warps=8 if part_d == 128 and not is_hopper else 4,
+    launch(
+        key_summaries_kernel, (kv_rows, -(-num_groups // GROUPS)),
+        (k, k if key_start is None else key_start, active, norm, spread, center),
+        (num_keys, num_groups, num_kv_heads, num_heads // num_kv_heads * num_programs, *k.stride()[:3]),
+        HAS_KEY_START=key_start is not None, HAS_ACTIVE=logit_bound is not None, SPREAD_ERROR=SPREAD_ERROR[k.dtype],
+        D=dim, BLOCK_D=block_d, PART_D=part_d, GROUPS=GROUPS, PRECISION=precision, WIDTH=128,
+        num_warps=_warps(8 if part_d == 128 and not is_hopper else 4, arch),
         num_stages=3 if block_d * k.element_size() <= 512 else 1,
     )  # fmt: skip
     # Hopper, 16384 tokens: four programs on a multiprocessor 0.149 ms (48 heads of 64), three 0.163; 32 heads of 128:
     # three 0.211 ms, two with a tile of keys more in flight 0.231.
     chunk_d = min(block_d, 256 // q.element_size())
     registers = {"maxnreg": 128 if block_d <= 64 else 168} if is_hopper and block_d == chunk_d else {}
-    tight_rule_kernel[(rows * num_blocks,)](
-        q, k, *sums, first_visible, bound, norm, spread, center, ends, window, possible, dropped, mass, scale, budget,
-        log_tolerance, num_queries, num_keys, num_groups, num_blocks, batch, num_heads, num_kv_heads, *lows,
-        *bound_strides, *q.stride()[:3], *k.stride()[:3], HAS_BOUND=logit_bound is not None, NEGATIVE=scale < 0,
-        DOT_ERROR=DOT_ERROR[q.dtype], CENTER_ERROR=CENTER_ERROR[q.dtype], D=dim, BLOCK_D=block_d, CHUNK_D=chunk_d,
-        PRECISION=precision, WIDTH=256, AT_ONCE=8, STAGES=2 if block_d == chunk_d else 1,
-        num_warps=4 if registers else 8, **registers,
+    launch(
+        tight_rule_kernel, (rows * num_blocks,),
+        (q, k, *sums, first_visible, bound, norm, spread, center, ends, window, possible, dropped, mass),
+        (scale, budget, log_tolerance, num_queries, num_keys, num_groups, num_blocks, batch, num_heads, num_kv_heads,
+         *lows, *bound_strides, *q.stride()[:3], *k.stride()[:3]),
+        HAS_BOUND=logit_bound is not None, NEGATIVE=scale < 0, DOT_ERROR=DOT_ERROR[q.dtype],
+        CENTER_ERROR=CENTER_ERROR[q.dtype], D=dim, BLOCK_D=block_d, CHUNK_D=chunk_d, PRECISION=precision, WIDTH=256,
+        AT_ONCE=8, STAGES=2 if block_d == chunk_d else 1, num_warps=_warps(4 if registers else 8, arch), **registers,
     )  # fmt: skip
-    first_keys_kernel[(rows, -(-num_blocks // ROW_BLOCKS))](
-        dropped, first_visible, first_key, num_queries, num_keys, num_blocks, ROW_BLOCKS=ROW_BLOCKS, WIDTH=256
-    )
+    launch(
+        first_keys_kernel, (rows, -(-num_blocks // ROW_BLOCKS)),
+        (dropped, first_visible, first_key),
+        (num_queries, num_keys, num_blocks),
+        ROW_BLOCKS=ROW_BLOCKS, WIDTH=256,
+    )  # fmt: skip
     return first_key, mass

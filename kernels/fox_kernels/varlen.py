@@ -19,7 +19,7 @@ def forgetting_attention_varlen(
     *,
     scale: float | None = None,
     log_pruning_tolerance: float | None = None,
-    pruning_rule: str = "paper",
+    pruning_rule: str = "tight",
     logit_bound: float | torch.Tensor | None = None,
     window: int | None = None,
     deterministic: bool | None = None,
@@ -53,7 +53,7 @@ def forgetting_attention_varlen(
         cu_seqlens_k: The same of the keys, at least as many in each sequence. Default: None, `cu_seqlens_q`.
         scale: Factor on `q . k`. Default: `D ** -0.5`.
         log_pruning_tolerance: See `forgetting_attention`, as for the next two.
-        pruning_rule: `"paper"` or `"tight"`.
+        pruning_rule: `"tight"` or `"paper"`.
         logit_bound: A float or `(H,)`.
         window: A query sees at most so many keys, its own included. Default: None, all of its sequence before it.
         deterministic: See `forgetting_attention`.
