@@ -59,8 +59,10 @@ ALL = os.environ.get("FOX_ALL_ARRANGEMENTS") == "1"
 OFTEN = ("tensor", "ulysses", "fsdp2-ring", "ddp", "from-one", "from-two")
 FIRST_SHARD = "shard-00001-model-00001-of-00001.safetensors"
 SHARD = "parts/shard-00002-model-00001-of-00001.safetensors"
-# A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit.
+# A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit; compiled
+# layers whose activations are computed twice.
 OTHERS = {
+    "fsdp2-compiled": ["run.compile=true", "run.activation_checkpointing=true"],
     "fsdp2-chunked": ["run.loss=chunked"],
     "fsdp2-average": ["optimizer.ema_decay=0.9", "model.config.tie_word_embeddings=true"],
 }
