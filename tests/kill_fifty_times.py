@@ -2,9 +2,12 @@
 
     python tests/kill_fifty_times.py                       # about 10 minutes on two cores; not part of `make test`
     python tests/kill_fifty_times.py --kills 5 --steps 200
+    python tests/kill_fifty_times.py --kills 10 --steps 150 --processes 2
 
-Most kills hit at a random moment of training, evaluation or saving, one in five while the process is still starting.
-Exits with 1 if a restart does not go on, if a step is missing, or if one bit of a loss or of a weight differs.
+With two processes they are FSDP2 over gloo, each with its part of the weights and of every checkpoint; one of them is
+killed, and the other must find that out and end by itself. Most kills hit at a random moment of training, evaluation
+or saving, one in five while the process is still starting. Exits with 1 if a restart does not go on, if a step is
+missing, or if one bit of a loss or of a weight differs.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -36,6 +40,7 @@ RECIPE = {
     "checkpoint": {"export": "best"},
     "tracking": {"log_every_steps": 1},
 }  # fmt: skip
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
 def parser():
@@ -43,6 +48,7 @@ def parser():
     out.add_argument("--kills", type=int, default=50, help="default: %(default)s")
     out.add_argument("--steps", type=int, default=1500, help="optimizer steps of the run; default: %(default)s")
     out.add_argument("--every", type=int, default=3, help="steps between checkpoints; default: %(default)s")
+    out.add_argument("--processes", type=int, choices=[1, 2], default=1, help="default: %(default)s")
     out.add_argument("--seed", type=int, default=0, help="of the moments; default: %(default)s")
     return out
 
@@ -58,35 +64,56 @@ def write_recipe(folder, name, args):
     return path
 
 
-def train(recipe):
+def train(recipe, rank, port):
     """In a child: its own words would fill the terminal."""
+    if rank is not None:
+        os.environ |= FSDP | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
     from fox_training.train import main
 
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.exit(main(["--recipe", str(recipe)]))
 
 
+def start(context, recipe, number):
+    """The processes of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [None] if number == 1 else range(number)
+    processes = [context.Process(target=train, args=(recipe, rank, port)) for rank in ranks]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def num_lines(path):
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def live(processes, recipe, out, moment):
-    """Start the run and kill it at a random moment; returns False if it ended by itself."""
-    process = processes.Process(target=train, args=(recipe,))
-    process.start()
+def live(context, recipe, out, number, moment):
+    """Start the run and kill one of its processes at a random moment; returns False if it ended by itself."""
+    processes = start(context, recipe, number)
+    victim = moment.choice(processes)
     if moment.random() < 0.2:
-        process.join(moment.uniform(0, 2))
+        victim.join(moment.uniform(0, 2))
     else:
         before = num_lines(out / "metrics.jsonl")
-        while process.is_alive() and num_lines(out / "metrics.jsonl") <= before:
+        while all(process.is_alive() for process in processes) and num_lines(out / "metrics.jsonl") <= before:
             time.sleep(0.002)
-        process.join(moment.uniform(0, 0.5))
-    alive = process.is_alive()
+        victim.join(moment.uniform(0, 0.5))
+    alive = victim.is_alive()
     if alive:
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    if not alive and process.exitcode != 0:
-        sys.exit(f"a restart ended with status {process.exitcode} instead of going on.")
+        os.kill(victim.pid, signal.SIGKILL)
+    for process in processes:
+        # What waits for a process that never came, waits long: as a launcher does, end it.
+        process.join(20)
+        process.kill()
+        process.join()
+    if not alive and any(process.exitcode != 0 for process in processes):
+        sys.exit(f"a restart ended with status {[process.exitcode for process in processes]} instead of going on.")
     return alive
 
 
@@ -105,29 +132,28 @@ def main():
     sys.path[:0] = PATHS
     os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)
     os.environ["OMP_NUM_THREADS"] = "1"
-    processes = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     # Everything is imported once; a start costs what a fork costs.
-    processes.set_forkserver_preload(["fox_training.train", "fox_training.card", "datasets"])
+    context.set_forkserver_preload(["fox_training.train", "fox_training.card", "datasets"])
     moment, began = random.Random(args.seed), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fox-kill-") as place:
         folder = Path(place)
         whole, killed = write_recipe(folder, "whole", args), write_recipe(folder, "killed", args)
-        alone = processes.Process(target=train, args=(whole,))
-        alone.start()
-        alone.join()
+        for process in start(context, whole, args.processes):
+            process.join()
         kills = 0
         reached = folder / "killed" / "metrics.jsonl"
         while kills < args.kills:
-            if not live(processes, killed, folder / "killed", moment):
+            if not live(context, killed, folder / "killed", args.processes, moment):
                 print(f"the run was complete after {kills} kills: raise --steps")
                 break
             kills += 1
             print(f"kill {kills}: {num_lines(reached)} lines logged, {time.monotonic() - began:.0f} s", flush=True)
-        last = processes.Process(target=train, args=(killed,))
-        last.start()
-        last.join()
-        if last.exitcode:
-            sys.exit(f"the last restart ended with status {last.exitcode}.")
+        last = start(context, killed, args.processes)
+        for process in last:
+            process.join()
+        if any(process.exitcode for process in last):
+            sys.exit(f"the last restart ended with status {[process.exitcode for process in last]}.")
         same_curve = curve(folder / "whole") == curve(folder / "killed")
         weights = [(folder / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "killed")]
         print(

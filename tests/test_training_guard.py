@@ -4,6 +4,7 @@ import errno
 import itertools
 import math
 import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,9 @@ def test_a_process_that_is_gone_is_one_line_and_other_errors_stay(tmp_path):
     )
     with pytest.raises(UserError, match="another process of this run is gone .*There is no checkpoint yet; the same"):
         with one_error_for_a_lost_process(run):
+            # The save in the background waits for the same process.
+            run.checkpoints._pending = tmp_path, Future()
+            run.checkpoints._pending[1].set_exception(RuntimeError("Connection closed by peer"))
             raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError, match="shapes do not match"), one_error_for_a_lost_process(run):
         raise RuntimeError("shapes do not match")
