@@ -125,7 +125,8 @@ def make_environments(
             84 x 84 grey pixels, four frames stacked, four skipped, rewards clipped and a lost life an end in training.
         num_envs: Copies.
         mode: DISABLED for `EarlyStopVectorEnv`.
-        evaluation: Atari only: whole games with their own rewards.
+        evaluation: Atari only: whole games with their own rewards, of five minutes (18,000 frames) at most: a policy
+            that never serves the ball would play for half an hour.
         options: Of the environment.
     """
     register_environments()
@@ -138,8 +139,9 @@ def make_environments(
             ) from error
         gym.register_envs(ale_py)
         spec = gym.spec(env_id)
-        training = {"episodic_life": not evaluation, "reward_clipping": not evaluation}
-        return ale_py.AtariVectorEnv(spec.kwargs["game"], num_envs, autoreset_mode=mode, **training, **options)
+        rules = {"episodic_life": not evaluation, "reward_clipping": not evaluation}
+        rules |= {"max_num_frames_per_episode": 18_000} if evaluation else {}
+        return ale_py.AtariVectorEnv(spec.kwargs["game"], num_envs, autoreset_mode=mode, **rules, **options)
     return gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": mode}, **options)
 
 
