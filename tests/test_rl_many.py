@@ -126,6 +126,28 @@ def test_a_step_is_stored_and_learned_from_as_the_agent_does():
     assert all((a != b).any() for a, b in zip(before, many.critics.parameters(), strict=True))
 
 
+def test_an_evaluated_run_is_its_own_actor_in_one_environment(pool):
+    agents = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        agents.append(td3.Agent(options(seed=seed)))
+    with torch.no_grad():
+        for agent in agents:
+            agent.actor[-1].weight.mul_(20.0)  # so that it acts
+    many = ManyTD3([agent.network for agent in agents], 3, options(), torch.device("cpu"))
+    world = Runs(pool, [("none", 0), ("none", 1)], options())
+    expected = []
+    for agent in agents:
+        env, total, truncated = gym.make("Pendulum-v1"), 0.0, False
+        observation, _ = env.reset(seed=1000)
+        while not truncated:
+            observation, reward, _, truncated, _ = env.step(agent.network.act(observation[None])[0])
+            total += reward
+        expected.append(total)
+    np.testing.assert_allclose(many_td3.evaluate(many, world, 1), expected, rtol=1e-3)
+    assert abs(expected[0] - expected[1]) > 1
+
+
 def test_training_reports_every_run():
     rows = []
     runs = [("none", 0), ("least", 0), ("random", 0)]

@@ -212,6 +212,27 @@ def test_the_state_of_kron_survives_saving():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["adamw", "radam", "kron"])
+def test_a_rate_may_be_a_tensor_and_a_step_needs_no_gradients(name):
+    """As torch.compile and schedulers have it; a step inside `no_grad` is the same step."""
+    if name == "kron":
+        kron()
+    weights = []
+    for as_tensor in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.ones(4, 3))
+        optimizer = build_optimizer(name, [weight], 1e-2)
+        (group,) = optimizer.param_groups
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.double) if as_tensor else group["lr"]
+        for _ in range(3):
+            weight.grad = weight.detach().sin()
+            with torch.set_grad_enabled(not as_tensor):
+                optimizer.step()
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)
+    assert (weights[0] != 1).all()
+
+
 def test_says_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match="name must be one of adamw, radam, muon, kron; got 'shampoo'"):
         build_optimizer("shampoo", [nn.Parameter(torch.zeros(2, 2))], 1e-3)
