@@ -53,12 +53,19 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append(f"{self.command} {self.path}")
-        if found := re.fullmatch(r"/(?!api/)([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
+        if found := re.fullmatch(r"/(?!api/)(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path):
             content = self.server.repositories.get(found[1], {}).get(found[2])
             if content is None:
                 return self.answer(b"", 404, X_Error_Code="EntryNotFound")
             return self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", self.path.partition("?")[0]):
+        path = self.path.partition("?")[0]
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+", path):
+            files = self.server.repositories.get(found[1], {})
+            return self.answer([
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in files.items()
+            ])  # fmt: skip
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             files = [{"rfilename": name} for name in self.server.repositories.get(found[1], {})]
             return self.answer({"id": found[1], "sha": COMMIT, "siblings": files, "private": False, "tags": []})
         return self.answer({"error": "unknown"}, 404, X_Error_Code="EntryNotFound")

@@ -8,9 +8,11 @@ import sys
 import time
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from hub_server import running_hub
 
 from fox_training import data as data_module
 from fox_training.batches import Batches, PackedRows, Plan, StreamedRows, evaluation_batches, plan_batches
@@ -133,6 +135,36 @@ def test_bad_local_data_is_one_clear_error(tmp_path, change, message):
     write_jsonl(tmp_path / "mixed" / "b.jsonl", [{"text": "x"}])
     with pytest.raises(RecipeError, match=message):
         load_documents(DataRecipe(source="local", **change | {"path": str(tmp_path / change["path"])}))
+
+
+def test_a_hub_dataset_is_read_by_its_name(tmp_path, monkeypatch):
+    """From a Hub on this machine, which hands out what the real one does."""
+    files = {"train": [f"text {i}" for i in range(20)], "validation": ["held out"]}
+    with running_hub() as (hub, address):
+        hub.repositories["someone/texts"] = {"README.md": b"---\nlicense: mit\n---\n"} | {
+            f"{split}.jsonl": "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
+            for split, texts in files.items()
+        }
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module, name, value in (
+            (huggingface_hub.constants, "HF_HUB_OFFLINE", False),
+            (huggingface_hub.constants, "ENDPOINT", address),
+            (huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template),
+            (huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")),
+            (datasets.config, "HF_HUB_OFFLINE", False),
+            (datasets.config, "HF_ENDPOINT", address),
+            (datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets"),
+        ):
+            monkeypatch.setattr(module, name, value)
+        for streaming in (True, False):
+            recipe = DataRecipe(
+                source="hub", path="someone/texts", text_column="body", streaming=streaming,
+                validation_split="validation",
+            )  # fmt: skip
+            train, held_out = load_documents(recipe)
+            assert [row["text"] for row in train] == files["train"]
+            assert [row["text"] for row in held_out] == files["validation"]
+        assert any("/datasets/someone/texts/resolve/" in asked for asked in hub.requests)
 
 
 def test_a_hub_dataset_without_a_network_says_what_to_do(monkeypatch):
