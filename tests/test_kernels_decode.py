@@ -43,12 +43,14 @@ CASES = [
 ]
 
 
-def decode(path, q, k, v, sums, *, num_keys=None, first_key=None, key_start=None, tolerance=None, bound=None):
+def decode(
+    path, q, k, v, sums, *, num_keys=None, first_key=None, key_start=None, tolerance=None, bound=None, rule="paper"
+):  # fmt: skip
     """Through the public function, or, on a CPU, through the launch function of the kernels."""
     if path != "interpreter":
         return forgetting_attention_decode(
             q, k, v, sums, num_keys=num_keys, first_key=first_key, key_start=key_start,
-            log_pruning_tolerance=tolerance, logit_bound=bound,
+            log_pruning_tolerance=tolerance, logit_bound=bound, pruning_rule=rule,
         )  # fmt: skip
     from fox_kernels import triton_decode
 
@@ -57,7 +59,10 @@ def decode(path, q, k, v, sums, *, num_keys=None, first_key=None, key_start=None
     budget = 0.0 if tolerance is None else paper_budget(num_keys, tolerance)
     bound = None if tolerance is None else torch.as_tensor(bound).expand(q.shape[:2])
     scale = q.shape[-1] ** -0.5
-    return triton_decode.forward(q, k, v, sums, num_keys, length, scale, first_key, key_start, bound, budget)
+    tight = tolerance if rule == "tight" else None
+    return triton_decode.forward(
+        q, k, v, sums, num_keys, length, scale, first_key, key_start, bound, budget, tight=tight
+    )
 
 
 def on(path, *tensors):
@@ -195,6 +200,105 @@ def test_pruned_rows_lose_less_than_the_tolerance_and_read_nothing_before_the_bo
         assert (got.cpu() - exact).abs().max() <= 2 * math.exp(-6.0) * v.abs().max()
 
 
+def bounded_scores(kind, num_keys, num_queries, bound, seed, dtype=torch.float32):
+    """q and k of 4 and 2 heads with `|q . k| * 16 ** -0.5 <= bound`."""
+    q, k, v, _ = attention_inputs(queries=num_queries, keys=num_keys, heads=4, kv_heads=2, dim=16, seed=seed)
+    if kind == "common":
+        k = k + 3.0 * k[..., :1, :]
+        q = q + 3.0 * k[..., :1, :].repeat_interleave(2, 1)
+    elif kind == "worst":  # far keys at +U, the nearest 200 at -U
+        sign = torch.where(torch.arange(num_keys) < num_keys - 200, 1.0, -1.0)[:, None]
+        k = sign * k[..., :1, :]
+        q = k[..., :1, :].repeat_interleave(2, 1).expand(q.shape)
+    q, k = (x / x.norm(dim=-1, keepdim=True) * (0.99 * bound) ** 0.5 * 2.0 for x in (q, k))
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def plan_of(path, q, k, log_fgate, bound, tolerance, rule, **options):
+    """First key of each row; `options`: key_start, window."""
+    num_keys, num_queries = k.shape[2], q.shape[2]
+    sums = gate_sums(log_fgate)
+    key_start, window = options.get("key_start"), options.get("window")
+    if path == "cpu":
+        scored = (q, k, 16**-0.5) if rule == "tight" else None
+        return first_decoded_key(sums, num_keys, None, key_start, bound, tolerance, num_queries, window, scored)
+    from fox_kernels import triton_decode
+
+    tight = triton_decode.TightInputs(q, k, 16**-0.5, tolerance) if rule == "tight" else None
+    budget = paper_budget(num_keys, tolerance)
+    shape = (*q.shape[:2], k.shape[1], num_queries)
+    first, lowest = triton_decode.plan(shape, sums, num_keys, None, None, key_start, bound, budget, window, tight)
+    assert torch.equal(lowest, first.unflatten(1, (2, 2)).amin((2, 3)).clamp(max=num_keys - 1))
+    return first.cpu()
+
+
+def lost_mass(q, k, log_fgate, first, key_start=None, window=None):
+    """Share of each row's attention before `first`, float64."""
+    num_keys, num_queries = k.shape[2], q.shape[2]
+    lam = log_fgate.double().cumsum(-1)
+    scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 16**-0.5
+    scores += lam[..., -num_queries:, None] - lam[..., None, :]
+    key, query = torch.arange(num_keys), torch.arange(num_keys - num_queries, num_keys)[:, None]
+    visible = (key <= query) & (key > query - (window or num_keys))
+    if key_start is not None:
+        visible = visible & (key >= key_start[:, None, None, None])
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return weights.masked_fill(key >= first[..., None], 0.0).nansum(-1)  # a row of padding has no weights
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["random", "common", "worst"])
+def test_the_tight_rule_keeps_its_promise_and_drops_more_than_the_papers(kind, path, poisoned_memory):
+    """Bounds from 1 to 16 nats, tolerances from e^-3 to e^-20; similar scores come close to the tolerance."""
+    more = fewer_blocks = 0
+    worst = 0.0
+    for seed, (num_keys, num_queries) in enumerate([(3000, 1), (1300, 5), (20000, 2), (130, 16)]):
+        bound, tolerance = (1.0, 4.0, 8.0, 16.0)[seed % 4], (-3.0, -10.0, -20.0)[seed % 3]
+        q, k, _ = bounded_scores(kind, num_keys, num_queries, bound, seed)
+        log_fgate, key_start, _ = pruning_case(seed, num_keys, num_queries)
+        options = dict(key_start=key_start) if seed % 2 else dict(window=num_keys // 2)
+        bounds = torch.full((2, 4), bound)
+        there = on(path, q, k, log_fgate, bounds)
+        at = {name: on(path, x)[0] if name == "key_start" else x for name, x in options.items()}
+        paper = plan_of(path, *there, tolerance, "paper", **at)
+        tight = plan_of(path, *there, tolerance, "tight", **at)
+        assert (tight >= paper).all()
+        lost = lost_mass(q, k, log_fgate, tight, **options)
+        assert lost.max() <= math.exp(tolerance), (seed, float(lost.max()))
+        worst = max(worst, float(lost.max()) / math.exp(tolerance))
+        more += int((tight - paper).sum())
+        # The kernel and the CPU path round differently: now and then a block that lies on the edge.
+        same = plan_of("cpu", q, k, log_fgate, bounds, tolerance, "tight", **options)
+        assert ((tight - same).abs() <= GATE_BLOCK).all()
+        fewer_blocks += int((tight != same).sum())
+    assert more > 500
+    assert fewer_blocks <= 2
+    assert kind != "common" or worst > 0.01
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_tight_rule_reads_nothing_before_its_boundary_but_the_nearest_keys(path, poisoned_memory):
+    for dtype in dtypes_of(path):
+        q, k, v = bounded_scores("random", 1500, 3, 4.0, 0, dtype)
+        log_fgate, key_start, _ = pruning_case(3, 1500, 3)
+        key_start[1] = 1490  # within the nearest keys
+        bounds = torch.full((2, 4), 4.1)
+        there = on(path, q, k, v, log_fgate, key_start, bounds)
+        first = plan_of(path, *there[:2], there[3], there[5], -6.0, "tight", key_start=there[4])
+        lowest = first.unflatten(1, (2, 2)).amin((2, 3))
+        assert (lowest[0] > 64).all() and (lowest[1] >= 1490).all()
+        # The rule itself looks at the last 128 keys that a row sees.
+        seen = torch.tensor([[1500 - GATE_BLOCK], [1490]])
+        gone = (torch.arange(1500) < torch.minimum(lowest, seen)[..., None])[..., None]
+        hidden = on(path, *(x.masked_fill(gone, math.nan) for x in (k, v)))
+        got = decode(
+            path, there[0], *hidden, gate_sums(there[3]), key_start=there[4], tolerance=-6.0, bound=4.1, rule="tight"
+        )
+        exact = forgetting_attention_reference(q.double(), k.double(), v.double(), log_fgate, key_start=key_start)
+        assert not got.isnan().any()
+        assert (got.cpu() - exact).abs().max() <= 2 * math.exp(-6.0) * v.abs().max() + 0.02
+
+
 @pytest.mark.parametrize("cuts", [[1] * 300, [5, 123, 1, 127, 44], [128, 128, 44], [300], [0, 300]], ids=str)
 def test_sums_of_pieces_have_the_bits_of_the_whole(cuts):
     log_fgate = attention_inputs(queries=300, gate_logits=(-20.0, 20.0))[3]
@@ -252,7 +356,7 @@ def test_says_what_is_wrong_with_the_input():
         forgetting_attention_decode(q, k, v, sums, num_keys=41)
     with pytest.raises(ValueError, match="logit_bound must be given to prune while decoding; got None"):
         forgetting_attention_decode(q, k, v, sums, log_pruning_tolerance=-10.0)
-    with pytest.raises(ValueError, match="pruning_rule must be 'paper' while decoding; got 'tightest'"):
+    with pytest.raises(ValueError, match=r"pruning_rule must be one of \('paper', 'tight'\); got 'tightest'"):
         forgetting_attention_decode(q, k, v, sums, pruning_rule="tightest")
     with pytest.raises(ValueError, match=r"gate_sums.starts must be \(2, 2, 4, 1\) or longer; got \(2, 2, 4, 0\)"):
         forgetting_attention_decode(q, k, v, GateSums(sums.within, sums.starts[..., :0]))

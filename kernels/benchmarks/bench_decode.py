@@ -110,6 +110,7 @@ def contenders(q, k, v, gates, growing, bound):
     groups = q.shape[1] // k.shape[1]
     num_keys, queries = k.shape[2], q.shape[2]
     pruning = dict(log_pruning_tolerance=LOG_TOLERANCE, logit_bound=bound)
+    tight = pruning | {"pruning_rule": "tight"}
     # The heads of a group as rows that share its keys: the best that dense attention can do.
     rows = q.unflatten(1, (k.shape[1], groups)).flatten(2, 3)
 
@@ -127,15 +128,20 @@ def contenders(q, k, v, gates, growing, bound):
         "fox": lambda: forgetting_attention_decode(q, k, v, growing.sums),
         "fox-acp-paper": lambda: forgetting_attention_decode(q, k, v, growing.sums, **pruning),
         "fox-acp-paper+append": with_append,
+        "fox-acp-tight": lambda: forgetting_attention_decode(q, k, v, growing.sums, **tight),
     }
 
 
 def survivors(q, k, growing, bound):
-    """Share of the keys, over all key heads, that some query of the head reads."""
+    """rule -> share of the keys, over all key heads, that some query of the head reads."""
     shape = (*q.shape[:2], k.shape[1], q.shape[2])
     budget = paper_budget(k.shape[2], LOG_TOLERANCE)
-    _, lowest = triton_decode.plan(shape, growing.sums, k.shape[2], None, None, None, bound, budget)
-    return 1.0 - float(lowest.double().mean()) / k.shape[2]
+    shares = {}
+    for rule in ("paper", "tight"):
+        scored = triton_decode.TightInputs(q, k, q.shape[-1] ** -0.5, LOG_TOLERANCE) if rule == "tight" else None
+        arguments = shape, growing.sums, k.shape[2], None, None, None, bound, budget, None, scored
+        shares[rule] = 1.0 - float(triton_decode.plan(*arguments)[1].double().mean()) / k.shape[2]
+    return shares
 
 
 def sweep(q, k, v, growing, bound):
@@ -163,11 +169,11 @@ def bench(shape, queries, rate, options, common):
     batch, heads, kv_heads, keys, head_dim = shape
     q, k, v, gates, growing, bound = workload(*shape, queries, options.gates)
     functions = contenders(q, k, v, gates, growing, bound)
-    share = survivors(q, k, growing, bound)
+    shares = survivors(q, k, growing, bound)
     rows = []
     for (op, function), mode in itertools.product(functions.items(), ("eager", "graph")):
         p20, p50, p80 = quantiles(function if mode == "eager" else captured(function))
-        read = share if "acp" in op else 1.0
+        read = next((share for rule, share in shares.items() if rule in op), 1.0)
         floor = read * 2 * k.numel() * k.element_size() / rate
         over = f"floor {floor:.4f}  {p50 / floor:5.2f} x  ({read:.1%} read)"
         print(f"{shape!s:30} {op:22} {mode} {p50:8.4f} ms  {over}", flush=True)

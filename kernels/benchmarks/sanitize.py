@@ -57,6 +57,16 @@ CASES = {
 DECODE_CASES = {
     "decode": ("bfloat16", 2, 4, 2, 1, 300, 64, {}),
     "decode-pruned": ("bfloat16", 2, 4, 2, 3, 3000, 64, {"logit_bound": 3.0, "log_pruning_tolerance": -6.0}),
+    "decode-tight": (
+        "bfloat16",
+        2,
+        4,
+        2,
+        3,
+        3000,
+        64,
+        {"logit_bound": 8.0, "log_pruning_tolerance": -6.0, "pruning_rule": "tight"},
+    ),
     "decode-16-pruned": ("bfloat16", 1, 4, 1, 16, 3000, 128, {"logit_bound": 3.0, "log_pruning_tolerance": -6.0}),
     "decode-window-float32": ("float32", 1, 2, 2, 3, 257, 64, {"window": 100}),
 }
@@ -66,7 +76,7 @@ PAGED_CASES = {
 }
 QUICK = [
     "plain", "two-passes", "without-gluon", "window-closed-gates", "packed", "paper", "tight", "decode",
-    "decode-pruned", "pages",
+    "decode-pruned", "decode-tight", "pages",
 ]  # fmt: skip
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 

@@ -7,6 +7,7 @@ Letters:  B batch, H query heads, H_kv key heads, G query heads per key head, T 
     allocated, N blocks of 128 keys, D head dim; the queries are the last T of the S positions.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,15 @@ from .forgetting_attention import (
     on_device_of,
 )
 from .gates import GATE_BLOCK, LOG2_E, GateSums, prepare, split_in_two, split_resets
-from .pruning import PRUNING_BLOCK_S, paper_budget, pruning_threshold
+from .pruning import (
+    DOT_ERROR,
+    PAPER_SLACK,
+    PRUNING_BLOCK_S,
+    PRUNING_RULES,
+    TIGHT_SLACK,
+    paper_budget,
+    pruning_threshold,
+)
 
 try:
     from . import triton_decode
@@ -156,9 +165,11 @@ def forgetting_attention_decode(
 ) -> torch.Tensor:
     """`forgetting_attention` of 1 to 16 queries, forward only, reading nothing of the keys that pruning drops.
 
-    The keys, values and sums may be longer than what is in use, as in a static cache. Which keys a query drops is
-    what `forgetting_attention` of the same queries drops by the same rule. CUDA tensors run Triton kernels whose
-    launches depend on shapes alone, so that a CUDA graph can replay them with another `num_keys`.
+    The keys, values and sums may be longer than what is in use, as in a static cache. By the paper's rule a query
+    drops the keys that it drops in `forgetting_attention`. The tight rule, which looks at the scores of the last 128
+    keys only, drops at least as much as the paper's, less than in training, and makes the same promise. CUDA tensors
+    run Triton kernels whose launches depend on shapes alone, so that a CUDA graph can replay them with another
+    `num_keys`.
 
     Args:
         q: Queries, `(B, H, T, D)`, float32, float16 or bfloat16, `T <= 16`, `D <= 256`; the last `T` of the keys.
@@ -173,7 +184,7 @@ def forgetting_attention_decode(
         window: A query sees at most so many keys, its own included; the others are not read. Default: None, all.
         log_pruning_tolerance: Natural log of the attention mass that a row may lose to skipped keys. Default: None,
             nothing is skipped.
-        pruning_rule: `"paper"`, see `forgetting_attention`.
+        pruning_rule: `"paper"` or `"tight"`; see kernels/README.md.
         logit_bound: U, at least every `|scale * q . k|`, in nats: a float, or a tensor `(H,)` or `(B, H)`. Needed for
             pruning: to measure it would take all keys.
 
@@ -189,8 +200,8 @@ def forgetting_attention_decode(
     num_keys = capacity if num_keys is None or length is not None else num_keys
     within, starts = gate_sums
     _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start)
-    if pruning_rule != "paper":
-        raise ValueError(f"pruning_rule must be 'paper' while decoding; got {pruning_rule!r}.")
+    if pruning_rule not in PRUNING_RULES:
+        raise ValueError(f"pruning_rule must be one of {PRUNING_RULES}; got {pruning_rule!r}.")
     _check_window(window)
     bound = _check_pruning(q, log_pruning_tolerance, pruning_rule, logit_bound)
     if log_pruning_tolerance is None:
@@ -209,7 +220,10 @@ def forgetting_attention_decode(
     # The op is for compilers: going through the dispatcher takes 90 of 250 us of a call with nothing to compute.
     decode = _decode_op if torch.compiler.is_compiling() else _decode
     with torch.no_grad():
-        return decode(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance, window)
+        return decode(
+            q, k, v, within, starts, num_keys, length, scale, first_key, key_start, bound, tolerance, window,
+            pruning_rule == "tight" and bound is not None,
+        )  # fmt: skip
 
 
 def _check_decode(q, k, v, gate_sums, num_keys, length, first_key, key_start):
@@ -262,6 +276,7 @@ def _decode(
     logit_bound: torch.Tensor | None,
     log_tolerance: float,
     window: int | None = None,
+    tight: bool = False,
 ) -> torch.Tensor:
     sums = GateSums(within, starts)
     if q.device.type == "cpu":
@@ -269,14 +284,15 @@ def _decode(
         with torch.autocast("cpu", enabled=False):
             num_keys = num_keys if length is None else int(length)
             first = first_decoded_key(
-                sums, num_keys, first_key, key_start, logit_bound, log_tolerance, q.shape[2], window
-            )
+                sums, num_keys, first_key, key_start, logit_bound, log_tolerance, q.shape[2], window,
+                (q, k, scale) if tight else None,
+            )  # fmt: skip
             return _decode_on_cpu(q, k, v, sums, num_keys, first, scale)
     _require_triton()
     with on_device_of(q):
         return triton_decode.forward(
             q, k, v, sums, num_keys, length, scale, first_key, key_start, logit_bound,
-            paper_budget(num_keys, log_tolerance), window,
+            paper_budget(num_keys, log_tolerance), window, log_tolerance if tight else None,
         )  # fmt: skip
 
 
@@ -286,7 +302,10 @@ _decode_op = torch.library.custom_op(
 
 
 @_decode_op.register_fake
-def _(q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance, window=None):
+def _(
+    q, k, v, within, starts, num_keys, length, scale, first_key, key_start, logit_bound, log_tolerance, window=None,
+    tight=False,
+):  # fmt: skip
     return torch.empty_like(q)
 
 
@@ -299,11 +318,13 @@ def first_decoded_key(
     log_tolerance: float,
     num_queries: int,
     window: int | None = None,
+    scored: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     """First key of each query, `(B, H, T)` int32: what `pruning.first_kept_key` gives, from one sum per block.
 
     Args:
         logit_bound: `(B, H)` float32, or None: nothing is pruned.
+        scored: Queries, keys and scale, to prune by the tight rule as well; None: by the paper's.
         Others as in `forgetting_attention_decode`.
     """
     batch, num_heads = sums.within.shape[1:3]
@@ -327,7 +348,39 @@ def first_decoded_key(
     half = (kept + PRUNING_BLOCK_S - 1).clamp_(max=query)
     end = starts.gather(-1, dropped) + sums.within.gather(-1, half.expand(2, -1, -1, -1)).double().sum(dim=0)
     kept += ((kept + PRUNING_BLOCK_S <= query) & (-end < limit)) * PRUNING_BLOCK_S
+    if scored is not None:
+        far = _far_mass_of_rows(sums, num_keys, first, logit_bound * (1.0 + PAPER_SLACK), *scored)
+        room = (far + math.log(GATE_BLOCK) + TIGHT_SLACK - log_tolerance) * LOG2_E
+        decay = at_query[..., None] - starts[..., 1:]
+        mass = (decay + room[..., None]).exp2_().cumsum(dim=-1)
+        kept = torch.maximum(kept, (mass <= 1.0 - 2.0**-10).sum(dim=-1, keepdim=True) * GATE_BLOCK)
     return torch.maximum(first, kept.to(torch.int32))
+
+
+def _far_mass_of_rows(sums, num_keys, first, logit_bound, q, k, scale) -> torch.Tensor:
+    """`U + lam_i - lam_p - L_i` at its largest over the rows i that see a key, `(B, H)` float64 nats.
+
+    L_i is a lower bound on the log of the row's normaliser, from the last 128 keys; p is the first query.
+    """
+    num_queries, groups = q.shape[2], q.shape[1] // k.shape[1]
+    begin = max(num_keys - GATE_BLOCK, 0)
+    near = k[:, :, begin:num_keys].float()
+    key = torch.arange(begin, num_keys)
+    query = key[-num_queries:]
+    # What no row sees is not looked at: it may be anything.
+    near = near.masked_fill((key < first.unflatten(1, (-1, groups)).amin((2, 3))[..., None])[..., None], 0.0)
+    near = near.repeat_interleave(groups, dim=1)
+    rows = q.float()
+    error = DOT_ERROR[torch.bfloat16] * abs(scale) * rows.norm(dim=-1) * near.norm(dim=-1).amax(dim=-1, keepdim=True)
+    running = sums.within[..., key].double().sum(dim=0) + sums.starts[..., key // GATE_BLOCK].double().sum(dim=0)
+    at_row = running[..., -num_queries:] / LOG2_E
+    weighed = (rows @ near.transpose(-1, -2)).double() * scale - error[..., None]
+    weighed += at_row[..., None] - running[..., None, :] / LOG2_E
+    weighed.masked_fill_((key > query[:, None]) | (key < first[..., None]), -torch.inf)
+    bound = logit_bound[..., None].double()
+    # A row's own key weighs at least -U.
+    mass = bound + (at_row - at_row[..., :1]) - torch.maximum(weighed.logsumexp(dim=-1), -bound)
+    return mass.masked_fill_(first > query, -torch.inf).amax(dim=-1)
 
 
 def _decode_on_cpu(q, k, v, sums, num_keys, first, scale) -> torch.Tensor:

@@ -16,13 +16,16 @@ Tensors:  q, o (B, H, T, D);  k, v (B, H // G, >= S, D);  within (2, B, H, >= S)
 Units:    bits inside the kernels, nats outside.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .gates import LOG2_E, GateSums
-from .tile_sizes import architecture
+from .pruning import DOT_ERROR
+from .tile_sizes import architecture, padded_head_dim
 from .triton_forward import dot_precision
 from .triton_slices import (
     DecodeTiles,
@@ -48,6 +51,7 @@ from .triton_slices import (
 GATE_BLOCK = tl.constexpr(128)
 PRUNING_BLOCK = tl.constexpr(64)  # pruning.PRUNING_BLOCK_S
 PAPER_SLACK = tl.constexpr(2.0**-16)  # pruning.PAPER_SLACK
+TIGHT_SLACK = tl.constexpr(2.0**-5)  # pruning.TIGHT_SLACK, nats
 CLOSED_GATE = tl.constexpr(-1e4)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 PROBES = 1024  # block ends that one step of the search for the boundary looks at, of all heads together
@@ -82,14 +86,116 @@ def _blocks_dropped(starts_ptr, starts_low, at_query, limit, num_blocks, is_head
     return low
 
 
+@triton.jit
+def _far_mass_of_rows(
+    q_ptr, k_ptr, within_ptr, starts_ptr, first_ptr, bound, num_keys, lowest, score_scale, T, H_kv, batch, kv_head,
+    q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, within_stride_h, within_low,
+    starts_stride_h, starts_low, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr, DOT_ERROR: tl.constexpr,
+):  # fmt: skip
+    """Of every head the largest `U + lam_i - lam_p - L_i`, bits, of its rows i that see a key; p is the first query.
+
+    L_i is a lower bound on the log of the row's normaliser, from the last NEAR keys.
+    """
+    d = tl.arange(0, BLOCK_D)
+    g = tl.arange(0, BLOCK_G)
+    begin = tl.maximum(num_keys - NEAR, 0)
+    key = tl.arange(0, NEAR)
+    s = begin + key
+    # What no row sees is not read: it may be anything.
+    is_key = (s >= lowest) & (s < num_keys)
+    k_base = k_ptr + batch * k_stride_b + kv_head * k_stride_h + begin.to(tl.int64) * k_stride_s
+    k = load_rows(k_base, key, k_stride_s, is_key, d, D, BLOCK_D)
+    k_square = tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1)
+    k_norm = tl.sqrt(tl.max(k_square, axis=0))
+    query = num_keys - T
+    largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for row in range(0, G * T, BLOCK_R):
+        r = row + tl.arange(0, BLOCK_R)
+        is_row = r < G * T
+        head = kv_head * G + r // T
+        t = r % T
+        position = query + t
+        q = load_queries(q_ptr, batch, head, t, is_row, q_stride_b, q_stride_h, q_stride_t, D, BLOCK_D)
+        q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+        within_rows = within_ptr + head * within_stride_h
+        starts_rows = starts_ptr + head * starts_stride_h
+        lam_high = tl.load(within_rows + position, mask=is_row, other=0.0)
+        lam_low = tl.load(within_rows + within_low + position, mask=is_row, other=0.0)
+        start_high = tl.load(starts_rows + position // GATE_BLOCK, mask=is_row, other=0.0)
+        start_low = tl.load(starts_rows + starts_low + position // GATE_BLOCK, mask=is_row, other=0.0)
+        first = tl.load(first_ptr + (batch * H_kv * G + head) * T + t, mask=is_row, other=0)
+        visible = (s[None, :] >= first[:, None]) & (s[None, :] <= position[:, None]) & is_row[:, None]
+        high = tl.load(within_rows[:, None] + s[None, :], mask=visible, other=0.0)
+        low = tl.load(within_rows[:, None] + within_low + s[None, :], mask=visible, other=0.0)
+        blocks = starts_rows[:, None] + (s // GATE_BLOCK)[None, :]
+        block_high = tl.load(blocks, mask=visible, other=0.0)
+        block_low = tl.load(blocks + starts_low, mask=visible, other=0.0)
+        decay = (start_high[:, None] - block_high) + (start_low[:, None] - block_low)
+        decay += (lam_high[:, None] - high) + (lam_low[:, None] - low)
+        error = tl.abs(score_scale) * DOT_ERROR * q_norm * k_norm
+        weighed = tl.where(visible, score - error[:, None] + decay, float("-inf"))
+        most = tl.max(weighed, axis=1)
+        shift = tl.where(most == float("-inf"), 0.0, most)
+        # Rows that do not exist have a sum of 0; those that do see their own key.
+        total = tl.sum(tl.math.exp2(weighed - shift[:, None]), axis=1)
+        log_sum = shift + tl.math.log2(tl.where(total == 0.0, 1.0, total))
+        # lam_i - lam_p, at most 0.
+        since = (start_high - tl.load(starts_rows + query // GATE_BLOCK, mask=is_row, other=0.0)) + (
+            start_low - tl.load(starts_rows + starts_low + query // GATE_BLOCK, mask=is_row, other=0.0)
+        )
+        since += (lam_high - tl.load(within_rows + query, mask=is_row, other=0.0)) + (
+            lam_low - tl.load(within_rows + within_low + query, mask=is_row, other=0.0)
+        )
+        own = is_row[:, None] & ((r // T)[:, None] == g[None, :]) & (first <= position)[:, None]
+        row_bound = tl.max(tl.where((r // T)[:, None] == g[None, :], bound[None, :], float("-inf")), axis=1)
+        # A row's own key weighs at least -U.
+        mass = row_bound + since - tl.maximum(log_sum, -row_bound)
+        largest = tl.maximum(largest, tl.max(tl.where(own, mass[:, None], float("-inf")), axis=0))
+    return largest
+
+
+@triton.jit
+def _blocks_of_little_mass(
+    starts_ptr, starts_low, at_query, room, num_blocks, is_head, LEVELS: tl.constexpr, PROBES: tl.constexpr
+):  # fmt: skip
+    """How many of the first num_blocks blocks weigh at most the tolerance together; vectors over heads.
+
+    A block that ends with a decay of d bits at the query weighs at most 2 ** (d + room) tolerances. Those that weigh
+    less than 2 ** -10 of it together, whatever their number, are found by a search and count as that.
+    """
+    skipped = tl.zeros_like(num_blocks)
+    last = num_blocks
+    if LEVELS > 1:
+        far = -room.to(tl.float64) - 34.0  # 2 ** 24 blocks
+        near = -room.to(tl.float64)
+        skipped = _blocks_dropped(starts_ptr, starts_low, at_query, far, num_blocks, is_head, LEVELS, PROBES)
+        last = _blocks_dropped(starts_ptr, starts_low, at_query, near, num_blocks, is_head, LEVELS, PROBES)
+    found = skipped
+    so_far = tl.zeros_like(room)
+    index = tl.arange(0, PROBES)[None, :] + 1
+    for step in range(0, tl.max(last - skipped, axis=0), PROBES):
+        n = skipped[:, None] + step + index
+        valid = (n <= last[:, None]) & is_head[:, None]
+        decay = (at_query[:, None] - _pair(starts_ptr[:, None] + n, starts_low, valid)).to(tl.float32)
+        weight = tl.where(valid, tl.math.exp2(decay + room[:, None]), 0.0)
+        mass = so_far[:, None] + tl.cumsum(weight, axis=1)
+        found += tl.sum((valid & (mass <= 1.0 - 2.0**-10)).to(tl.int32), axis=1)
+        so_far += tl.sum(weight, axis=1)
+    return found
+
+
 @triton.jit(do_not_specialize=["num_keys"])
 def plan_kernel(
-    first_key_ptr, key_start_ptr, bound_ptr, within_ptr, starts_ptr, length_ptr, first_ptr, lowest_at,
-    budget, num_keys, window, T, H_kv, bound_stride_b, bound_stride_h, within_stride_b, within_stride_h, within_low,
+    q_ptr, k_ptr, first_key_ptr, key_start_ptr, bound_ptr, within_ptr, starts_ptr, length_ptr, first_ptr, lowest_at,
+    budget, log_tolerance, score_scale, num_keys, window, T, H_kv, q_stride_b, q_stride_h, q_stride_t, k_stride_b,
+    k_stride_h, k_stride_s, bound_stride_b, bound_stride_h, within_stride_b, within_stride_h, within_low,
     starts_stride_b, starts_stride_h, starts_low,
     HAS_FIRST_KEY: tl.constexpr, HAS_KEY_START: tl.constexpr, HAS_WINDOW: tl.constexpr, PRUNED: tl.constexpr,
-    ON_DEVICE: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, LEVELS: tl.constexpr,
-    PROBES: tl.constexpr, OVERLAP: tl.constexpr,
+    TIGHT: tl.constexpr, ON_DEVICE: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+    LEVELS: tl.constexpr, PROBES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    NEAR: tl.constexpr, PRECISION: tl.constexpr, DOT_ERROR: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """First key of each row of one key head, and the smallest of them."""
     if OVERLAP:
@@ -97,38 +203,62 @@ def plan_kernel(
     program = tl.program_id(0).to(tl.int64)
     batch, kv_head = program // H_kv, program % H_kv
     num_keys = keys_in_use(num_keys, length_ptr, ON_DEVICE)
+    # 1. What each row may see.
     g = tl.arange(0, BLOCK_G)
     is_head = g < G
     head = kv_head * G + g
-    kept = tl.zeros([BLOCK_G], tl.int32)
-    if PRUNED:
-        # pruning.py: a block of 64 keys goes if its last key decays by more than the threshold up to the first query.
-        bound = tl.load(bound_ptr + batch * bound_stride_b + head * bound_stride_h, mask=is_head, other=0.0)
-        threshold = (2.0 * bound.to(tl.float32) + budget) * -(1.0 + PAPER_SLACK) * _LOG2_E
-        limit = tl.where(threshold != threshold, float("-inf"), threshold).to(tl.float64)
-        within_ptr += batch * within_stride_b + head * within_stride_h
-        starts_ptr += batch * starts_stride_b + head * starts_stride_h
-        query = num_keys - T
-        at_query = _pair(starts_ptr + query // GATE_BLOCK, starts_low, is_head)
-        at_query += _pair(within_ptr + query, within_low, is_head)
-        num_blocks = tl.zeros([BLOCK_G], tl.int32) + query // GATE_BLOCK
-        dropped = _blocks_dropped(starts_ptr, starts_low, at_query, limit, num_blocks, is_head, LEVELS, PROBES)
-        kept = dropped * GATE_BLOCK
-        # The first half of the next block.
-        has_half = is_head & (kept + PRUNING_BLOCK <= query)
-        end = _pair(starts_ptr + dropped, starts_low, has_half)
-        end += _pair(within_ptr + kept + (PRUNING_BLOCK - 1), within_low, has_half)
-        kept += tl.where(has_half & (at_query - end < limit), PRUNING_BLOCK, 0)
-    if HAS_KEY_START:
-        kept = tl.maximum(kept, tl.load(key_start_ptr + batch).to(tl.int32))
     t = tl.arange(0, BLOCK_T)
     at = (batch * H_kv * G + head)[:, None] * T + t[None, :]
     is_row = is_head[:, None] & (t < T)[None, :]
-    first = tl.zeros([BLOCK_G, BLOCK_T], tl.int32) + kept[:, None]
+    first = tl.zeros([BLOCK_G, BLOCK_T], tl.int32)
+    if HAS_KEY_START:
+        first += tl.load(key_start_ptr + batch).to(tl.int32)
     if HAS_FIRST_KEY:
         first = tl.maximum(first, tl.load(first_key_ptr + at, mask=is_row, other=0).to(tl.int32))
     if HAS_WINDOW:
         first = tl.maximum(first, (num_keys - T - (window - 1)) + t[None, :])
+
+    # 2. What pruning drops.
+    if PRUNED:
+        within_ptr += batch * within_stride_b
+        starts_ptr += batch * starts_stride_b
+        # pruning.py: a block of 64 keys goes if its last key decays by more than the threshold up to the first query.
+        bound = tl.load(bound_ptr + batch * bound_stride_b + head * bound_stride_h, mask=is_head, other=0.0)
+        bound = bound.to(tl.float32)
+        threshold = (2.0 * bound + budget) * -(1.0 + PAPER_SLACK) * _LOG2_E
+        limit = tl.where(threshold != threshold, float("-inf"), threshold).to(tl.float64)
+        within_heads = within_ptr + head * within_stride_h
+        starts_heads = starts_ptr + head * starts_stride_h
+        query = num_keys - T
+        at_query = _pair(starts_heads + query // GATE_BLOCK, starts_low, is_head)
+        at_query += _pair(within_heads + query, within_low, is_head)
+        num_blocks = tl.zeros([BLOCK_G], tl.int32) + query // GATE_BLOCK
+        dropped = _blocks_dropped(starts_heads, starts_low, at_query, limit, num_blocks, is_head, LEVELS, PROBES)
+        kept = dropped * GATE_BLOCK
+        # The first half of the next block.
+        has_half = is_head & (kept + PRUNING_BLOCK <= query)
+        end = _pair(starts_heads + dropped, starts_low, has_half)
+        end += _pair(within_heads + kept + (PRUNING_BLOCK - 1), within_low, has_half)
+        kept += tl.where(has_half & (at_query - end < limit), PRUNING_BLOCK, 0)
+        if TIGHT:
+            # The rows' first keys go through memory: below they are wanted in another order.
+            tl.store(first_ptr + at, first, mask=is_row)
+            tl.debug_barrier()
+            bound = bound * (1.0 + PAPER_SLACK) * _LOG2_E
+            lowest = tl.min(tl.min(tl.where(is_row, first, num_keys), axis=1), axis=0)
+            room = _far_mass_of_rows(
+                q_ptr, k_ptr, within_ptr, starts_ptr, first_ptr, bound, num_keys, lowest, score_scale, T, H_kv, batch,
+                kv_head, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, within_stride_h,
+                within_low, starts_stride_h, starts_low, G, BLOCK_G, D, BLOCK_D, BLOCK_R, NEAR, PRECISION, DOT_ERROR,
+            )  # fmt: skip
+            # 128 keys a block.
+            room += 7.0 + (TIGHT_SLACK - log_tolerance) * _LOG2_E
+            room = tl.where(room != room, float("inf"), room)
+            dropped = _blocks_of_little_mass(
+                starts_heads, starts_low, at_query, room, num_blocks, is_head, LEVELS, PROBES
+            )
+            kept = tl.maximum(kept, dropped * GATE_BLOCK)
+        first = tl.maximum(first, kept[:, None])
     tl.store(first_ptr + at, first, mask=is_row)
     # Every head keeps a tile, even if all of it is padding: the slots of the partial results rely on it.
     lowest = tl.min(tl.min(tl.where(is_row, first, num_keys), axis=1), axis=0)
@@ -264,6 +394,15 @@ def search_levels(num_blocks: int, probes: int = PROBES) -> int:
     return levels
 
 
+class TightInputs(NamedTuple):
+    """What the tight rule needs besides: queries `(B, H, T, D)`, keys `(B, H_kv, >= S, D)`, scale, log eps."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    scale: float
+    log_tolerance: float
+
+
 def plan(
     shape: tuple[int, int, int, int],
     sums: GateSums,
@@ -274,22 +413,26 @@ def plan(
     logit_bound: torch.Tensor | None,
     budget: float,
     window: int | None = None,
+    tight: TightInputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First key of every row, `(B, H, T)`, and the smallest of each key head, `(B, H_kv)`; int32.
 
     Args:
         shape: B, H, H_kv, T.
         logit_bound: `(B, H)` float32, strides may be 0; None prunes nothing.
+        tight: None prunes by the paper's rule.
         Others as in `forward`.
     """
     batch, num_heads, num_kv_heads, num_queries = shape
     overlap = may_overlap(architecture(sums.within.device))
-    found = _plan(shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, overlap)
+    found = _plan(shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, tight, overlap)
     first, lowest = found.split((batch * num_heads * num_queries, batch * num_kv_heads))
     return first.view(batch, num_heads, num_queries), lowest.view(batch, num_kv_heads)
 
 
-def _plan(shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, overlap) -> torch.Tensor:
+def _plan(
+    shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, tight, overlap
+) -> torch.Tensor:
     """What `plan` gives, one after the other in one piece of memory."""
     batch, num_heads, num_kv_heads, num_queries = shape
     groups = num_heads // num_kv_heads
@@ -298,18 +441,38 @@ def _plan(shape, sums, num_keys, length, first_key, key_start, logit_bound, budg
     num_blocks = sums.starts.shape[-1] if logit_bound is not None else 0
     block_g = power_of_2(groups)
     probes = min(max(PROBES // block_g, 64), power_of_2(num_blocks + 1))
+    if tight is None:
+        q = k = sums.within  # never read
+        strides, scale, log_tolerance, constants = (0,) * 6, 0.0, 0.0, _NO_SCORES
+    else:
+        q, k, scale, log_tolerance = tight
+        strides, constants = (*q.stride()[:3], *k.stride()[:3]), _scores(q, groups * num_queries)
     plan_kernel[(batch * num_kv_heads,)](
-        found if first_key is None else first_key, found if key_start is None else key_start,
+        q, k, found if first_key is None else first_key, found if key_start is None else key_start,
         found if logit_bound is None else logit_bound, sums.within, sums.starts, found if length is None else length,
-        found, lowest_at, budget, num_keys, 0 if window is None else window, num_queries, num_kv_heads,
-        *((0, 0) if logit_bound is None else logit_bound.stride()), *sums.within.stride()[1:3],
-        sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0),
+        found, lowest_at, budget, log_tolerance, scale * LOG2_E, num_keys, 0 if window is None else window,
+        num_queries, num_kv_heads, *strides, *((0, 0) if logit_bound is None else logit_bound.stride()),
+        *sums.within.stride()[1:3], sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0),
         HAS_FIRST_KEY=first_key is not None, HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None,
-        PRUNED=logit_bound is not None, ON_DEVICE=length is not None, G=groups, BLOCK_G=block_g,
-        BLOCK_T=power_of_2(num_queries), LEVELS=search_levels(num_blocks, probes), PROBES=probes,
-        OVERLAP=overlap,
+        PRUNED=logit_bound is not None, TIGHT=tight is not None, ON_DEVICE=length is not None, G=groups,
+        BLOCK_G=block_g, BLOCK_T=power_of_2(num_queries), LEVELS=search_levels(num_blocks, probes), PROBES=probes,
+        **constants, OVERLAP=overlap,
     )  # fmt: skip
     return found
+
+
+_NO_SCORES = dict(D=1, BLOCK_D=16, BLOCK_R=16, NEAR=16, PRECISION="tf32", DOT_ERROR=0.0, num_warps=4)
+
+
+def _scores(q: torch.Tensor, num_rows: int) -> dict:
+    """Constants of the tight rule's scores: 128 near keys, or what 32 KiB hold of them (16 in float32, at least T)."""
+    dim = padded_head_dim(q.shape[-1])
+    memory = 32768 if q.element_size() == 2 else 16384
+    return dict(
+        D=q.shape[-1], BLOCK_D=dim, BLOCK_R=max(16, min(32, power_of_2(num_rows))),
+        NEAR=min(GATE_BLOCK.value, memory // (dim * q.element_size())), PRECISION=dot_precision(q.dtype),
+        DOT_ERROR=DOT_ERROR[q.dtype], num_warps=4 if dim <= 64 else 8,
+    )  # fmt: skip
 
 
 def forward(
@@ -325,6 +488,7 @@ def forward(
     logit_bound: torch.Tensor | None = None,
     budget: float = 0.0,
     window: int | None = None,
+    tight: float | None = None,
     tiles: DecodeTiles | None = None,
 ) -> torch.Tensor:
     """Launch the kernels. Returns `o (B, H, T, D)` strided as `q`.
@@ -336,6 +500,7 @@ def forward(
         logit_bound: `(B, H)` float32, strides may be 0; None prunes nothing.
         budget: `pruning.paper_budget`, nats.
         window: Keys that a query sees at most, or None.
+        tight: Log of the tolerance, to prune by the tight rule; None: by the paper's.
     """
     batch, num_heads, num_queries, dim = q.shape
     num_kv_heads = k.shape[1]
@@ -348,7 +513,10 @@ def forward(
     first = slices.partial  # never read
     if has_first:
         shape = (batch, num_heads, num_kv_heads, num_queries)
-        first = _plan(shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, overlap)
+        inputs = None if tight is None else TightInputs(q, k, scale, tight)
+        first = _plan(
+            shape, sums, num_keys, length, first_key, key_start, logit_bound, budget, window, inputs, overlap
+        )
     optional = dict(HAS_FIRST=has_first, ON_DEVICE=length is not None)
     length = slices.partial if length is None else length
     forgetting_attention_decode_kernel[(slices.num_programs,)](
