@@ -1,6 +1,6 @@
 """What the experiments run. Each is a list of jobs; a job measures one or several arms and seeds in one process.
 
-A new experiment is one function that returns its jobs, and one entry in `EXPERIMENTS`.
+A new experiment is one function that returns its jobs, and one entry in `EXPERIMENTS`. Only what runs imports PyTorch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 Report = Callable[..., None]  # (arm, seed, step, metric, value)
 
@@ -242,9 +241,3 @@ EXPERIMENTS = {
     "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant"), seeds=5),
     "throughput": Experiment("steps/s next to Stable-Baselines3", throughput, seeds=3, score="steps_per_second"),
 }
-
-
-def run_job(job: Job, report: Report) -> None:
-    """Run a job in this process, with one thread for PyTorch."""
-    torch.set_num_threads(1)
-    job.run(report, **job.settings)

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fox_rl.experiments.jobs import EXPERIMENTS, Job, run_job, train_many
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_many
 from fox_rl.experiments.report import write_report
 
 COLUMNS = ("experiment", "job", "arm", "seed", "step", "metric", "value")
@@ -56,7 +56,7 @@ def work(job: Job, queue: Any) -> None:
 
     begin = time.perf_counter()
     try:
-        run_job(job, report)
+        job.run(report, **job.settings)
         queue.put((key, (*key, "", "", "", "done", repr(time.perf_counter() - begin))))
     except Exception:
         sys.stderr.write(f"{job.experiment} {job.name} failed:\n{traceback.format_exc()}")
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     path = options.out / "results.csv"
     missing = 0
     if not options.report:
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["OMP_NUM_THREADS"] = "1"  # for PyTorch in the processes
         done = drop_unfinished(path)
         jobs = [job for job in planned(options) if (job.experiment, job.name) not in done]
         missing = len(jobs) - run_all(jobs, options.workers, path, options.seconds)
