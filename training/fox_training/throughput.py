@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import statistics
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", nargs="+", choices=SIZES, default=["125M"], help="published shapes (default: 125M)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what is measured (default: all)")
     add("--tokens", type=int, default=16384, metavar="T", help="tokens in a row (default: %(default)s)")
-    add("--rows", type=int, default=1, metavar="B", help="rows in a step (default: %(default)s)")
+    add("--rows", nargs="+", type=int, default=[1], metavar="B", help=ROWS_HELP)
     add("--pruned-share", type=float, default=0.7, metavar="S", help="of fox-pruned (default: %(default)s)")
     add("--pruning-rule", default="tight", choices=["tight", "paper"], help="(default: %(default)s)")
     add("--compile", default="layers", choices=["layers", "model", "none"], help=COMPILE_HELP)
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+ROWS_HELP = "rows in a step, one number for all sizes or one for each (default: 1)"
 COMPILE_HELP = (
     "torch.compile each layer, which is compiled once for all, and the loss; the whole model, as run.compile does; or "
     "nothing (default: %(default)s)"
@@ -88,18 +90,27 @@ def measure_all(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
     if not 0 < args.pruned_share < 1:
         raise ValueError(f"--pruned-share must be in (0, 1), got {args.pruned_share}: a share, no percentage.")
-    if args.tokens < 2 or args.rows < 1:
-        raise ValueError(f"--tokens must be at least 2 and --rows 1; got {args.tokens} and {args.rows}.")
+    if args.tokens < 2 or min(args.rows) < 1 or len(args.rows) not in (1, len(args.size)):
+        raise ValueError(
+            f"--tokens must be at least 2, --rows 1, one for all or for each size; got {args.tokens} and {args.rows}."
+        )
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {"flops": FORMULA, "sizes": {}}
     report |= provenance.describe(provenance.command_line("fox_training.throughput", argv))
-    for size in args.size:
-        report["sizes"][size] = measure(size, args, device)
-        print(table(size, args, report["sizes"][size]), flush=True)
+    every_rows = args.rows * len(args.size) if len(args.rows) == 1 else args.rows
+    for size, rows in zip(args.size, every_rows, strict=True):
+        own = argparse.Namespace(**vars(args) | {"rows": rows})
+        report["sizes"][size] = {"rows": rows} | measure(size, own, device)
+        print(table(size, own, report["sizes"][size]), flush=True)
         if args.json is not None:
             args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        # The next size is another program: guesses on what varies would make its kernels general, and slower.
+        torch.compiler.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return report
 
 
