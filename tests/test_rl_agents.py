@@ -4,6 +4,9 @@ import dataclasses
 import importlib
 import json
 import os
+import shlex
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -182,6 +185,39 @@ def test_help_lists_every_option(name, capsys):
     shared = ("optimizer", "final_sparsity", "sparsity_method", "checkpoint_every", "video_dir", "tracker")
     assert {*shared} <= {field.name for field in dataclasses.fields(module.Options)}
     assert all("--" + field.name.replace("_", "-") in out for field in dataclasses.fields(module.Options))
+
+
+def test_the_command_on_a_card_is_the_run(monkeypatch):
+    from fox_rl.agents import dqn
+
+    options = dqn.Options(seed=3, rainbow=True, double=False, env_id="a b", output_dir="here", learning_rate=2.5e-4)
+    python, flag, module, *arguments = shlex.split(common.command_of(options))
+    assert (python, flag, module) == ("python", "-m", "fox_rl.agents.dqn")
+    again = common.options_from_command_line(dqn.Options, "", arguments)
+    assert again == dataclasses.replace(options, output_dir="")
+    # Run as a module, its own name is __main__.
+    monkeypatch.setattr(dqn.Options, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", types.SimpleNamespace(name="fox_rl.agents.dqn"))
+    assert common.command_of(options).startswith("python -m fox_rl.agents.dqn --env-id 'a b' ")
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(capsys, monkeypatch):
+    def call(name, *arguments):
+        module = importlib.import_module(f"fox_rl.agents.{name}")
+        assert training.main(module.Agent, module.Options, module.__doc__, list(arguments)) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+        return err
+
+    assert "num_envs must be at least 1; got 0" in call("dqn", "--num-envs", "0")
+    assert "doesn't exist" in call("td3", "--env-id", "NoSuchTask-v0")
+
+    def missing(*_, **__):
+        raise gym.error.DependencyNotInstalled("MuJoCo is not installed")
+
+    monkeypatch.setattr(gym, "make_vec", missing)
+    err = call("td3", "--env-id", "HalfCheetah-v5")
+    assert "env_id HalfCheetah-v5 needs a package" in err and "fox-transformers[rl-benchmarks]" in err
 
 
 def test_what_is_uploaded_is_the_model_its_config_and_its_card(tmp_path, monkeypatch):

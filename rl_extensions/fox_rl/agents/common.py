@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import shlex
 import sys
 import typing
 from collections.abc import Callable
@@ -142,7 +143,13 @@ def make_environments(
         rules = {"episodic_life": not evaluation, "reward_clipping": not evaluation}
         rules |= {"max_num_frames_per_episode": 18_000} if evaluation else {}
         return ale_py.AtariVectorEnv(spec.kwargs["game"], num_envs, autoreset_mode=mode, **rules, **options)
-    return gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": mode}, **options)
+    try:
+        return gym.make_vec(env_id, num_envs, "sync", vector_kwargs={"autoreset_mode": mode}, **options)
+    except gym.error.DependencyNotInstalled as error:
+        raise ImportError(
+            f"env_id {env_id} needs a package that is not here: pip install 'fox-transformers[rl-benchmarks]' has "
+            f"those of MuJoCo and Box2D. Gymnasium says: {error}"
+        ) from error
 
 
 def play(
@@ -325,6 +332,20 @@ def restore_random(state: tuple) -> None:
         torch.cuda.set_rng_state_all(state[3])
 
 
+def command_of(options: RunOptions) -> str:
+    """The command that repeats a run, without where it writes."""
+    module = options.__class__.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name
+    words = ["python", "-m", module]
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        if value == field.default or field.name in ("output_dir", "push_to_hub"):
+            continue
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
 def write_card(
     folder: Path, title: str, options: RunOptions, returns: list[float], library: str, snippet: str, steps: int
 ) -> None:
@@ -340,12 +361,6 @@ def write_card(
         steps: Environment steps of the training.
     """
     env_id = options.env_id
-    changed = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if getattr(options, field.name) != field.default and field.name not in ("output_dir", "push_to_hub")
-    }
-    command = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
     metadata, table = "", "Not evaluated.\n"
     if returns:
         mean, deviation = float(np.mean(returns)), float(np.std(returns))
@@ -369,7 +384,7 @@ tags: [reinforcement-learning, {env_id.replace("/", "-")}, fox-transformers]
 
 {table}
 One seed, {steps:,} environment steps; evaluated without exploration. Trained with
-`python -m {options.__class__.__module__} {command}`.
+`{command_of(options)}`.
 
 ```python
 {snippet.format(where=options.push_to_hub or folder)}

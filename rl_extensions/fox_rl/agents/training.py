@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -236,7 +237,13 @@ def trunk_diagnostics(module: nn.Module, features: Callable[[], torch.Tensor]) -
 
 
 def main(agent_class: type[Agent], options_class: type, description: str, argv: list[str] | None = None) -> int:
-    """Command line of an agent."""
-    agent = run(agent_class(common.options_from_command_line(options_class, description, argv)))
+    """Command line of an agent; an option that no agent can have, or a missing package, is said in one line."""
+    options = common.options_from_command_line(options_class, description, argv)
+    try:
+        agent = agent_class(options)
+    except (ValueError, ImportError, gym.error.Error) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    run(agent)
     sys.stdout.write(f"mean return of the last {len(agent.meter.returns)} episodes: {agent.meter.mean:.3f}\n")
     return 0
