@@ -70,6 +70,7 @@ def test_every_arm_is_compared_at_its_best_rate(tmp_path):
         row["experiment"] = "pruning-cartpole"
     text = reports.write_report(rows, ["pruning-cartpole", "memory"], tmp_path)
     assert "| dense lr=0.2 | 2 | 4.000 |" in text and "| pruned lr=0.1 | 2 | 9.000 |" in text
+    assert "memory: no eval_return measured yet." in text
     assert "dense lr=0.1 |" not in text and "dense lr=0.1: 3.0" in text and "1.00 |" in text
     assert (tmp_path / "pruning-cartpole.png").stat().st_size > 1000
 

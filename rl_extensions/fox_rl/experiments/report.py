@@ -53,6 +53,7 @@ def write_report(rows: Rows, names: list[str], folder: Path) -> str:
         metric = EXPERIMENTS[name].score
         scores = last_scores(own, metric)
         if not scores:
+            parts.append(f"{name}: no {metric} measured yet.\n")
             continue
         few = [arm for arm, values in scores.items() if len(values) < 2]
         parts.append(f"## {name}: {EXPERIMENTS[name].text}\n")

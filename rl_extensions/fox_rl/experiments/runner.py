@@ -71,6 +71,8 @@ def ended_at_last(running: dict[tuple[str, str], Any]) -> Iterator[None]:
     finally:
         for process in running.values():
             process.terminate()
+        for process in running.values():
+            process.join(5.0)
 
 
 def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) -> int:
