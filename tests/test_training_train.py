@@ -1,9 +1,11 @@
 """The loop: it learns, it goes on exactly where it was killed, and its numbers are the ones they claim to be."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -355,6 +357,25 @@ def test_tensorboard_gets_the_figures(tmp_path):
     reader = EventAccumulator(str(events)).Reload()
     logged = [m["loss"] for m in lines(out) if "loss" in m]
     assert [e.value for e in reader.Scalars("loss")] == pytest.approx(logged, rel=1e-6)
+
+
+def train_with_trackio(recipe, folder):
+    os.environ |= {"TRACKIO_DIR": folder, "HF_HUB_OFFLINE": "1"}
+    train(load_recipe(recipe))
+
+
+def test_trackio_gets_the_figures(tmp_path):
+    pytest.importorskip("trackio")
+    recipe = write_recipe(tmp_path, "tracking.trackers=[trackio]", "schedule.steps=3")
+    # It asks for its folder when it is imported.
+    process = server().Process(target=train_with_trackio, args=(str(recipe), str(tmp_path / "trackio")))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "fox.db")) as database:
+        rows = database.execute("select step, metrics from metrics order by id").fetchall()
+    found = {step: figures["loss"] for step, text in rows if "loss" in (figures := json.loads(text))}
+    assert found == {m["step"]: m["loss"] for m in lines(tmp_path / "out") if "loss" in m}
 
 
 def test_the_throughput_is_tokens_over_seconds_of_training(tmp_path):
