@@ -147,7 +147,7 @@ def survivors(q, k, growing, bound):
 def sweep(q, k, v, growing, bound):
     """Print the best tile sizes, all keys read and pruned, from a CUDA graph."""
     arguments = q, k, v, growing.sums, k.shape[2], None, q.shape[-1] ** -0.5
-    chosen = triton_decode.decode_tiles(q.shape[-1], 2, 90, q.shape[1] // k.shape[1] * q.shape[2])
+    chosen = triton_decode.decode_tiles(q.shape[-1], 2, 90, q.shape[1] // k.shape[1] * q.shape[2], True)
     times = []
     for block_s, stages, per_sm in itertools.product((32, 64, 128), (3, 4, 5), (1, 2, 3, 4)):
         tiles = triton_decode.DecodeTiles(chosen.block_r, block_s, 4, stages, per_sm)

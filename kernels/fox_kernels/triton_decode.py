@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .gates import LOG2_E, GateSums
+from .launch import launch
 from .pruning import DOT_ERROR
 from .tile_sizes import architecture, padded_head_dim
 from .triton_forward import dot_precision
@@ -34,6 +35,7 @@ from .triton_slices import (
     cdiv,
     decode_tiles,
     early,
+    fetch_ahead,
     keys_in_use,
     load_queries,
     load_rows,
@@ -288,6 +290,13 @@ def forgetting_attention_decode_kernel(
         # 2. What stays for the tiles of this unit.
         batch, kv_head, row, is_row, g, t, position = unit_rows(unit, num_keys, T, H_kv, G, UNITS_PER_HEAD, BLOCK_R)
         head = kv_head * G + g
+        k_base = k_ptr + batch * k_stride_b + kv_head * k_stride_h
+        v_base = v_ptr + batch * v_stride_b + kv_head * v_stride_h
+        from_tile, to_tile = tiles_of_unit(lane, unit, tiles, ends, begin, end, num_tiles)
+        if OVERLAP:
+            last_key = tl.minimum(to_tile * BLOCK_S, num_keys) - 1
+            fetch_ahead(k_base, from_tile * BLOCK_S, last_key, k_stride_s, D, 2 * BLOCK_S)
+            fetch_ahead(v_base, from_tile * BLOCK_S, last_key, v_stride_s, D, 2 * BLOCK_S)
         q = load_queries(q_ptr, batch, head, t, is_row, q_stride_b, q_stride_h, q_stride_t, D, BLOCK_D)
         within_rows = within_ptr + batch * within_stride_b + head * within_stride_h
         starts_rows = starts_ptr + batch * starts_stride_b + head * starts_stride_h
@@ -300,14 +309,11 @@ def forgetting_attention_decode_kernel(
         if HAS_FIRST:
             first = tl.load(first_ptr + (batch * H_kv * G + head) * T + t, mask=is_row, other=0)
             lowest = tl.load(lowest_ptr + unit // UNITS_PER_HEAD)
-        k_base = k_ptr + batch * k_stride_b + kv_head * k_stride_h
-        v_base = v_ptr + batch * v_stride_b + kv_head * v_stride_h
         row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
         # 3. Online softmax, as in triton_forward.py.
-        from_tile, to_tile = tiles_of_unit(lane, unit, tiles, ends, begin, end, num_tiles)
         for tile in tl.range(from_tile, to_tile, num_stages=NUM_STAGES):
             start = tile * BLOCK_S
             key = tl.arange(0, BLOCK_S)
@@ -447,12 +453,14 @@ def _plan(
     else:
         q, k, scale, log_tolerance = tight
         strides, constants = (*q.stride()[:3], *k.stride()[:3]), _scores(q, groups * num_queries)
-    plan_kernel[(batch * num_kv_heads,)](
-        q, k, found if first_key is None else first_key, found if key_start is None else key_start,
-        found if logit_bound is None else logit_bound, sums.within, sums.starts, found if length is None else length,
-        found, lowest_at, budget, log_tolerance, scale * LOG2_E, num_keys, 0 if window is None else window,
-        num_queries, num_kv_heads, *strides, *((0, 0) if logit_bound is None else logit_bound.stride()),
-        *sums.within.stride()[1:3], sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0),
+    launch(
+        plan_kernel, (batch * num_kv_heads,),
+        (q, k, found if first_key is None else first_key, found if key_start is None else key_start,
+         found if logit_bound is None else logit_bound, sums.within, sums.starts, found if length is None else length,
+         found),
+        (lowest_at, float(budget), float(log_tolerance), scale * LOG2_E, num_keys, 0 if window is None else window,
+         num_queries, num_kv_heads, *strides, *((0, 0) if logit_bound is None else logit_bound.stride()),
+         *sums.within.stride()[1:3], sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0)),
         HAS_FIRST_KEY=first_key is not None, HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None,
         PRUNED=logit_bound is not None, TIGHT=tight is not None, ON_DEVICE=length is not None, G=groups,
         BLOCK_G=block_g, BLOCK_T=power_of_2(num_queries), LEVELS=search_levels(num_blocks, probes), PROBES=probes,
@@ -506,10 +514,10 @@ def forward(
     num_kv_heads = k.shape[1]
     groups = num_heads // num_kv_heads
     arch = architecture(q.device)
-    tiles = tiles or decode_tiles(dim, q.element_size(), arch, groups * num_queries)
+    has_first = not (first_key is None and key_start is None and logit_bound is None and window is None)
+    tiles = tiles or decode_tiles(dim, q.element_size(), arch, groups * num_queries, has_first)
     slices = Slices.of(q, num_kv_heads, tiles, arch, batch * num_heads * num_queries, num_keys)
     overlap = slices.options["OVERLAP"]
-    has_first = not (first_key is None and key_start is None and logit_bound is None and window is None)
     first = slices.partial  # never read
     if has_first:
         shape = (batch, num_heads, num_kv_heads, num_queries)
@@ -519,10 +527,13 @@ def forward(
         )
     optional = dict(HAS_FIRST=has_first, ON_DEVICE=length is not None)
     length = slices.partial if length is None else length
-    forgetting_attention_decode_kernel[(slices.num_programs,)](
-        q, k, v, sums.within, sums.starts, first, length, slices.partial, scale * LOG2_E, num_keys, num_queries,
-        num_kv_heads, *slices.sizes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sums.within.stride()[1:3],
-        sums.within.stride(0), *sums.starts.stride()[1:3], sums.starts.stride(0), **optional, **slices.options,
+    launch(
+        forgetting_attention_decode_kernel, (slices.num_programs,),
+        (q, k, v, sums.within, sums.starts, first, length, slices.partial),
+        (scale * LOG2_E, num_keys, num_queries, num_kv_heads, *slices.sizes, *q.stride()[:3], *k.stride()[:3],
+         *v.stride()[:3], *sums.within.stride()[1:3], sums.within.stride(0), *sums.starts.stride()[1:3],
+         sums.starts.stride(0)),
+        **optional, **slices.options,
         PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages, **registers(tiles), **early(has_first and overlap),
     )  # fmt: skip
@@ -534,9 +545,11 @@ def append_gates(
 ) -> None:
     """Launch the kernel that adds `log_fgate (B, H, T)` to the sums; `num_keys` or `length` keys are in them."""
     batch, num_heads, num_new = log_fgate.shape
-    append_gates_kernel[(batch * num_heads,)](
-        log_fgate, sums.within, sums.starts, totals, totals if length is None else length, num_keys, num_new,
-        num_heads, *log_fgate.stride(), *sums.within.stride()[1:3], sums.within.stride(0),
-        *sums.starts.stride()[1:3], sums.starts.stride(0), *totals.stride()[:2], ON_DEVICE=length is not None,
+    launch(
+        append_gates_kernel, (batch * num_heads,),
+        (log_fgate, sums.within, sums.starts, totals, totals if length is None else length),
+        (num_keys, num_new, num_heads, *log_fgate.stride(), *sums.within.stride()[1:3], sums.within.stride(0),
+         *sums.starts.stride()[1:3], sums.starts.stride(0), *totals.stride()[:2]),
+        ON_DEVICE=length is not None,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import LOG2_E
+from .launch import launch
 from .tile_sizes import architecture, padded_head_dim
 from .triton_forward import dot_precision
 from .triton_slices import (
@@ -175,9 +176,11 @@ def append(
     """
     batch, num_kv_heads, num_new, dim = k.shape
     groups = log_fgate.shape[1] // num_kv_heads
-    append_pages_kernel[(batch * num_kv_heads,)](
-        k, v, log_fgate, keys, values, within, starts, totals, table, length, num_new, num_kv_heads, table.shape[-1],
-        *k.stride()[:3], *v.stride()[:3], *log_fgate.stride(), G=groups, BLOCK_G=power_of_2(groups), D=dim,
+    launch(
+        append_pages_kernel, (batch * num_kv_heads,),
+        (k, v, log_fgate, keys, values, within, starts, totals, table, length),
+        (num_new, num_kv_heads, table.shape[-1], *k.stride()[:3], *v.stride()[:3], *log_fgate.stride()),
+        G=groups, BLOCK_G=power_of_2(groups), D=dim,
         BLOCK_D=padded_head_dim(dim), PAGE=keys.shape[1], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -206,13 +209,16 @@ def forward(
     num_kv_heads, page_size = table.shape[1], keys.shape[1]
     rows = num_heads // num_kv_heads * num_queries
     arch = architecture(q.device)
-    tiles = tiles or decode_tiles(dim, q.element_size(), arch, rows)
+    tiles = tiles or decode_tiles(dim, q.element_size(), arch, rows, True)
     slices = Slices.of(q, num_kv_heads, tiles._replace(block_s=min(tiles.block_s, page_size)), arch)
     num_units, num_rows, num_slots, _, stats_at = slices.sizes
-    forgetting_attention_paged_kernel[(slices.num_programs,)](
-        q, keys, values, within, starts, table, lowest, lowest if key_start is None else key_start, length,
-        slices.partial, scale * LOG2_E, num_queries, num_kv_heads, num_units, num_rows, num_slots, stats_at,
-        table.shape[-1], *q.stride()[:3], HAS_KEY_START=key_start is not None, PAGE=page_size, **slices.options,
+    launch(
+        forgetting_attention_paged_kernel, (slices.num_programs,),
+        (q, keys, values, within, starts, table, lowest, lowest if key_start is None else key_start, length,
+         slices.partial),
+        (scale * LOG2_E, num_queries, num_kv_heads, num_units, num_rows, num_slots, stats_at, table.shape[-1],
+         *q.stride()[:3]),
+        HAS_KEY_START=key_start is not None, PAGE=page_size, **slices.options,
         PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
         num_stages=tiles.num_stages, **registers(tiles),
     )  # fmt: skip
