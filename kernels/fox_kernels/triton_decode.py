@@ -294,7 +294,7 @@ def forgetting_attention_decode_kernel(
         v_base = v_ptr + batch * v_stride_b + kv_head * v_stride_h
         from_tile, to_tile = tiles_of_unit(lane, unit, tiles, ends, begin, end, num_tiles)
         if OVERLAP:
-            last_key = tl.minimum(to_tile * BLOCK_S, num_keys) - 1
+            last_key = tl.maximum(tl.minimum(to_tile * BLOCK_S, num_keys) - 1, 0)
             fetch_ahead(k_base, from_tile * BLOCK_S, last_key, k_stride_s, D, 2 * BLOCK_S)
             fetch_ahead(v_base, from_tile * BLOCK_S, last_key, v_stride_s, D, 2 * BLOCK_S)
         q = load_queries(q_ptr, batch, head, t, is_row, q_stride_b, q_stride_h, q_stride_t, D, BLOCK_D)
