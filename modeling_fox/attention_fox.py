@@ -267,9 +267,10 @@ def fold_decay(query, key, value, running, scaling):
 
 
 @lru_cache
-def prefers_cudnn(device: torch.device) -> bool:
+def prefers_cudnn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether PyTorch takes cuDNN's attention there, which makes a plan for every number of keys: 40 ms a token."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+    is_taken = device.type == "cuda" and torch.version.cuda is not None and dtype in (torch.bfloat16, torch.float16)
+    return is_taken and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def attend_one_query(query, key, value, attention_mask, scaling, log_fgate, cache_layer=None):
@@ -280,14 +281,14 @@ def attend_one_query(query, key, value, attention_mask, scaling, log_fgate, cach
     if bias is None:
         # Summed from the end, so that the recent tokens, which matter, are exact.
         bias = (log_fgate.flip(-1).cumsum(dim=-1).flip(-1) - log_fgate).to(query.dtype)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        bias.unsqueeze(2).masked_fill_(~attention_mask, float("-inf"))
+    elif attention_mask is not None:
+        bias.unsqueeze(2).add_(attention_mask)
     # The query heads of a group become rows that share its keys.
     grouped = (batch, key.shape[1], -1)
     rows, bias = query.reshape(*grouped, head_dim), bias.view(*grouped, key.shape[2])
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        bias.masked_fill_(~attention_mask, float("-inf"))
-    elif attention_mask is not None:
-        bias.add_(attention_mask)
-    if is_aligned and query.is_cuda and head_dim % 8 == 0 and prefers_cudnn(query.device):
+    if is_aligned and head_dim % 8 == 0 and key.dtype == query.dtype and prefers_cudnn(query.device, query.dtype):
         # The kernel that PyTorch would take without cuDNN, by name: switches for it are those of the whole process.
         out = torch._scaled_dot_product_efficient_attention(rows, key, value, bias, False, scale=scaling)[0]
     else:

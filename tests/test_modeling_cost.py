@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from helpers import random_tokens
-from modeling_fox import FoxConfig, FoxForCausalLM
+from helpers import random_tokens, tiny_fox
+from modeling_fox import FoxConfig, FoxForCausalLM, attention_fox
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4}
 VIEWS = {
@@ -100,3 +100,25 @@ def test_a_step_of_decoding_costs_the_host_about_what_one_of_qwen3_does(backend,
     assert kernels < 0.9 * of_qwen3[0]
     assert dispatched < 1.15 * of_qwen3[1]
     assert calls < 1.3 * of_qwen3[2]
+
+
+def test_on_hopper_the_kernel_without_plans_gets_rows_that_it_can_read(monkeypatch):
+    # Where PyTorch prefers cuDNN its memory-efficient kernel is called by name. It wants rows of a mask to start at
+    # multiples of 8 elements, which PyTorch sees to only where it chooses itself.
+    masks = []
+
+    def kernel(query, key, value, bias, compute_log_sumexp, scale):
+        masks.append(bias)
+        scores = query @ key.mT * scale + bias
+        return (scores.softmax(dim=-1) @ value,)
+
+    monkeypatch.setattr(attention_fox, "prefers_cudnn", lambda device, dtype: True)
+    monkeypatch.setattr(torch, "_scaled_dot_product_efficient_attention", kernel)
+    model = tiny_fox(attn_implementation="fox_acp", num_key_value_heads=2, pad_token_id=0)
+    tokens = random_tokens(2, 20)
+    padding = (torch.arange(20) >= torch.tensor([[0], [7]])).long()
+    options = {"attention_mask": padding, "max_new_tokens": 12, "do_sample": False}
+    got = model.generate(tokens, **options)
+    assert len(masks) == 2 * 11 and masks[-1].shape == (2, 2, 2, 31)
+    assert all(stride % 8 == 0 for mask in masks for stride in mask.stride()[:3])
+    assert torch.equal(got, model.generate(tokens, use_cache=False, **options))
