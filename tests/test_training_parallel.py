@@ -54,15 +54,14 @@ ARRANGEMENTS = {
     "fsdp2": FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
     "ring": mesh(cp_size=2),
 }
-# CI runs some of them and a resume over FSDP2; FOX_ALL_ARRANGEMENTS=1 all, in two minutes more.
+# CI runs some of them and a resume over FSDP2; FOX_ALL_ARRANGEMENTS=1 all, in minutes more.
 ALL = os.environ.get("FOX_ALL_ARRANGEMENTS") == "1"
 OFTEN = ("tensor", "ulysses", "fsdp2-ring", "ddp", "from-one", "from-two")
 FIRST_SHARD = "shard-00001-model-00001-of-00001.safetensors"
 SHARD = "parts/shard-00002-model-00001-of-00001.safetensors"
-# A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit; compiled
-# layers whose activations are computed twice.
+COMPILED = ["run.compile=true", "run.activation_checkpointing=true"]
+# A loss that reads the output layer without calling it; a mean kept in parts, and a tied weight in one unit.
 OTHERS = {
-    "fsdp2-compiled": ["run.compile=true", "run.activation_checkpointing=true"],
     "fsdp2-chunked": ["run.loss=chunked"],
     "fsdp2-average": ["optimizer.ema_decay=0.9", "model.config.tie_word_embeddings=true"],
 }
@@ -106,13 +105,16 @@ def folder(tmp_path_factory):
         for name, overrides in OTHERS.items():
             alone(f"one-{name}", *overrides)
         expected = ["tensor 2", "ulysses 2", "FSDP2, ring 2", "", "FSDP2", "ring 2", "FSDP2", "FSDP2, ring 2"]
-        expected += ["FSDP2"] * len(OTHERS)
+        expected += ["FSDP2"] * (len(OTHERS) + 1)
     runs += [
         {"environment": FSDP, "recipe": str(recipe), "overrides": [f"run.output_dir={folder / name}", *overrides]}
         for name, overrides in OTHERS.items()
         if ALL
     ]
-    said, _ = run_two(train_all, runs)
+    if ALL:  # takes minutes on a CPU
+        overrides = [f"run.output_dir={folder / 'fsdp2-compiled'}", *COMPILED]
+        runs.append({"environment": FSDP, "recipe": str(recipe), "overrides": overrides})
+    said, _ = run_two(train_all, runs, timeout=900)
     # That each was what it says, and not two processes side by side.
     assert re.findall(r"^model .* fp32 on cpu(?::0)?(?:, (.*))?$", said, re.MULTILINE) == expected, said
     (folder / "said.txt").write_text(said)
@@ -146,7 +148,7 @@ def assert_same_run(out, expected):
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("name", [*ARRANGEMENTS, "from-one", "from-two"])
+@pytest.mark.parametrize("name", [*ARRANGEMENTS, "from-one", "from-two", "fsdp2-compiled"])
 def test_two_processes_train_as_one_does(folder, name):
     if not ALL and name not in OFTEN:
         pytest.skip("FOX_ALL_ARRANGEMENTS=1 runs it")
