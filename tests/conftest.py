@@ -31,6 +31,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _guarded_memory():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from guarded_memory import guarded_memory
+
+    with guarded_memory():
+        yield
+
+
 @pytest.fixture
 def without_cards(monkeypatch):
     """Training ends without its model card, whose figure takes longer than a tiny run."""

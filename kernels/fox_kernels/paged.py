@@ -123,7 +123,8 @@ class PagedKeys:
         self.page_size, self.log_tolerance, self.max_pages = page_size, float(log_tolerance), max_pages
         self.num_layers, self.batch, self.num_heads, self.num_kv_heads = num_layers, batch, num_heads, num_kv_heads
         self.groups, self.head_dim = num_heads // num_kv_heads, head_dim
-        self.device = torch.device("cpu" if device is None else device)
+        # With its index: "cuda" is not equal to the "cuda:0" of the tensors to come.
+        self.device = torch.empty(0, device="cpu" if device is None else device).device
         pool = {"device": self.device, "dtype": dtype}
         self.keys = torch.empty(0, page_size, head_dim, **pool)
         self.values = torch.empty(0, page_size, head_dim, **pool)
