@@ -1,4 +1,4 @@
-"""A memory check for interpreted Triton kernels: they touch nothing outside of the tensors that they are launched with."""
+"""A memory check for interpreted Triton kernels: what they touch lies in the tensors that they are launched with."""
 
 from contextlib import contextmanager
 from unittest import mock
