@@ -30,10 +30,11 @@ def describe(command: str) -> dict:
 
 
 def command_line(module: str, arguments: list[str]) -> str:
-    """The command as a reader would type it, quoted for a POSIX shell."""
+    """The command as a reader would type it, quoted for a POSIX shell; `module` may be the path of a script."""
     import shlex
 
-    return shlex.join(["python", "-m", module, *arguments])
+    program = [module] if module.endswith(".py") else ["-m", module]
+    return shlex.join(["python", *program, *arguments])
 
 
 def commit() -> str | None:
