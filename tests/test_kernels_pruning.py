@@ -191,14 +191,13 @@ def test_a_given_bound_prunes_like_the_same_bound_measured():
     bound = measured_logit_bound(q, k, 0.25, None)
     torch.testing.assert_close(bound, 0.25 * q.norm(dim=-1).amax(-1) * k.norm(dim=-1).amax(-1).repeat_interleave(2, 1))
     assert ((q @ k.repeat_interleave(2, 1).transpose(-1, -2)).abs().amax((-1, -2)) * 0.25 <= bound).all()
-    expected = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0)
-    given = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0, logit_bound=bound)
+    prune = dict(log_pruning_tolerance=-10.0, pruning_rule="paper")
+    expected = forgetting_attention(q, k, v, log_fgate, **prune)
+    given = forgetting_attention(q, k, v, log_fgate, **prune, logit_bound=bound)
     assert torch.equal(given, expected)
-    _, tight = forgetting_attention(q, k, v, log_fgate, log_pruning_tolerance=-10.0, return_stats=True)
-    _, loose = forgetting_attention(
-        q, k, v, log_fgate, log_pruning_tolerance=-10.0, logit_bound=40.0, return_stats=True
-    )
-    assert (loose.pruned_fraction < tight.pruned_fraction).all()
+    _, measured = forgetting_attention(q, k, v, log_fgate, **prune, return_stats=True)
+    _, loose = forgetting_attention(q, k, v, log_fgate, **prune, logit_bound=40.0, return_stats=True)
+    assert (loose.pruned_fraction < measured.pruned_fraction).all()
 
 
 def test_a_bound_that_is_not_a_number_prunes_nothing():
