@@ -107,8 +107,8 @@ def gate_tables_kernel(
     blocks_before = tl.where(m < M, first // BLOCK_S, 0)
     for start in tl.range(0, tl.max(blocks_before, axis=0), WIDTH):
         at = start + tl.arange(0, WIDTH)
-        end = at * BLOCK_S + BLOCK_S - 1  # of the last block perhaps behind the last key, which no query drops
-        lam = running_sum(within_ptr, starts_ptr, end, end < S, within_low, starts_low)
+        at_end = at * BLOCK_S + BLOCK_S - 1  # of the last block perhaps behind the last key: no query drops it
+        lam = running_sum(within_ptr, starts_ptr, at_end, at_end < S, within_low, starts_low)
         before = at[None, :] < blocks_before[:, None]
         counts += (before & (-lam[None, :] < limit[:, None])).to(tl.int32)
         if HAS_BOUND:
