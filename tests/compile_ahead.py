@@ -19,20 +19,10 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fox_kernels import (
-    gluon_backward,
-    gluon_forward,
-    triton_backward,
-    triton_decode,
-    triton_forward,
-    triton_gates,
-    triton_norms,
-    triton_paged,
-    triton_pruning,
-    triton_slices,
-)
+from fox_kernels import triton_backward, triton_decode, triton_forward, triton_gates, triton_paged, triton_pruning
 from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
+from fox_kernels.launch import kernel_modules
 from fox_kernels.paged import PagedKeys
 
 TARGETS = {
@@ -65,10 +55,7 @@ class Recorder:
         return launch
 
 
-MODULES = (
-    triton_gates, triton_forward, triton_backward, gluon_forward, gluon_backward, triton_norms, triton_pruning,
-    triton_decode, triton_paged, triton_slices,
-)  # fmt: skip
+MODULES = kernel_modules()
 
 
 def kernel_names():

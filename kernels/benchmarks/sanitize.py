@@ -174,25 +174,10 @@ def watched():
     """The names of all kernels of the package, and of those that were launched."""
     from triton.runtime.jit import JITFunction
 
-    from fox_kernels import (
-        gluon_backward,
-        gluon_forward,
-        triton_backward,
-        triton_decode,
-        triton_forward,
-        triton_gates,
-        triton_norms,
-        triton_paged,
-        triton_pruning,
-        triton_slices,
-    )
+    from fox_kernels.launch import kernel_modules
 
-    modules = [
-        triton_backward, triton_decode, triton_forward, triton_gates, triton_norms, triton_paged, triton_pruning,
-        triton_slices,
-    ]  # fmt: skip
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        modules += [gluon_forward, gluon_backward]
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    modules = kernel_modules(gluon=is_hopper)
     names = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     launched = set()
     run = JITFunction.run

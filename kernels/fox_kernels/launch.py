@@ -10,7 +10,10 @@ FOX_KERNELS_LAUNCHER=0 leaves every launch to Triton.
 """
 
 import os
+import pkgutil
 from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from triton.runtime import JITFunction, driver
@@ -40,6 +43,13 @@ def launch(kernel, grid: tuple[int, ...], tensors, numbers: tuple, **constants) 
         _make_room(_remembered)[key] = found
     compiled, rest = found
     compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *rest)
+
+
+def kernel_modules(*, gluon: bool = True) -> list[ModuleType]:
+    """The modules of the package whose names in `_kernel` are kernels; without `gluon` those for any GPU."""
+    kinds = ("triton_", "gluon_") if gluon else ("triton_",)
+    names = sorted(module.name for module in pkgutil.iter_modules([os.path.dirname(__file__)]))
+    return [import_module(f".{name}", __package__) for name in names if name.startswith(kinds)]
 
 
 def described(make, x: torch.Tensor, *block: int):
