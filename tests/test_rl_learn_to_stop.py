@@ -76,14 +76,14 @@ def test_the_quota_is_the_share_of_episodes_that_cannot_be_stopped():
 def test_many_episodes_at_once_are_the_same_as_a_loop_over_lists():
     """The reference keeps lists of episodes and takes medians of what reached a step."""
     generator = np.random.default_rng(0)
-    n, horizon, window = 4, 12, 9
+    n, horizon, window = 4, 40, 9  # longer than the steps whose medians are computed together
     stopper = LearnToStop(n, horizon, window=window, max_window=20, start_step=40, **{
         k: v for k, v in OPTIONS.items() if k != "start_step"} | {"min_valid": 3})  # fmt: skip
     episodes, open_ones = [], [[] for _ in range(n)]
     step = np.zeros(n, dtype=int)
-    total = stops = 0
-    for _ in range(300):
-        q, potential = generator.normal(0, 3, n).astype(np.float32), generator.random(n).astype(np.float32) + 0.01
+    total = stops = longest = 0
+    for _ in range(900):
+        q, potential = generator.normal(4, 2, n).astype(np.float32), generator.random(n).astype(np.float32) + 0.01
         got = stopper.update(step, q, potential)
         total += n
         expected = np.zeros(n, dtype=bool)
@@ -97,13 +97,14 @@ def test_many_episodes_at_once_are_the_same_as_a_loop_over_lists():
                 expected[env] = q[env] < (omega * eps if eps >= 0 else eps / omega)
         assert got.tolist() == expected.tolist()
         stops += int(got.sum())
-        ended = got | (step == horizon - 1) | (generator.random(n) < 0.05)
+        longest = max(longest, int(step[got].max(initial=0)))
+        ended = got | (step == horizon - 1) | (generator.random(n) < 0.02)
         stopper.episode_end(ended, got)
         for env in np.flatnonzero(ended):
             episodes.append(open_ones[env])
             open_ones[env] = []
         step = np.where(ended, 0, step + 1)
-    assert stops == stopper.num_stopped > 50
+    assert stops == stopper.num_stopped > 50 and longest > 32
 
 
 def test_the_window_grows_when_values_scatter_and_shrinks_back():

@@ -1,5 +1,6 @@
 """Many runs of TD3 in one: the agent's own update, environments in other processes, and who is stopped when."""
 
+import contextlib
 import os
 import signal
 
@@ -160,6 +161,53 @@ def test_training_reports_every_run():
         assert own.keys() == {"eval_return", "episode_length", "num_stopped", "saved_steps"}
         assert -2000 < own["eval_return"] < 0 < own["episode_length"] <= 200
         assert arm == "random" or own["num_stopped"] == 0  # one episode tells LEAST nothing
+
+
+def test_a_graph_that_cannot_be_recorded_is_replaced_by_its_function(monkeypatch, capsys):
+    """Recording does not execute, and fails at its end: the call that failed is made again, the ones after it too."""
+
+    @contextlib.contextmanager
+    def failing(graph):
+        yield
+        calls.append("recorded")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    calls = []
+    for name, value in {"synchronize": lambda: None, "CUDAGraph": object, "graph": failing}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphed = many_td3.Graphed(lambda: calls.append("called"), True, lambda: calls.append("failed"))
+    graphed.calls = 3
+    graphed(), graphed()
+    assert calls == ["called", "recorded", "failed", "called", "called"]
+    assert capsys.readouterr().err.count("NO CUDA GRAPH") == 1
+
+
+@pytest.mark.gpu
+def test_graphs_do_what_the_functions_do():
+    """Same seed with graphs and without: rows, actions, values and all weights after 12 updates."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    settings, device = options(batch_size=64), torch.device("cuda")
+    torch.manual_seed(0)
+    agents = [td3.Agent(options(seed=seed, device="cpu")) for seed in (0, 1, 2)]
+    both = []
+    for graphs in (False, True):
+        many = ManyTD3([agent.network for agent in agents], 32, settings, device, graphs)
+        generator, seen = np.random.default_rng(0), []
+        torch.manual_seed(1)
+        for number in range(50):
+            columns = [generator.normal(size=(3, n)).astype(np.float32) for n in (3, 1, 3, 1)]
+            seen += many.add(*columns, np.zeros((3, 1), np.float32))
+            seen.append(many.choose(columns[0]).ravel())
+            if number >= 38:
+                (many.update_all if number % 2 else many.update_critics)()
+        assert many.num_graphs == 4 * graphs
+        both.append((seen, [*many.actor.parameters(), *many.target_critics.parameters(), many.rows]))
+    (plain, weights), (graphed, theirs) = both
+    for a, b in zip(plain, graphed, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    for a, b in zip(weights, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_says_what_is_wrong(pool):

@@ -73,6 +73,7 @@ class LearnToStop:
         self._open_q = np.full((num_envs, horizon), np.nan, np.float32)
         self._open_potential = np.full((num_envs, horizon), np.nan, np.float32)
         self._never = self.generator.random(num_envs) < keep_fraction
+        self._medians: dict[int, tuple[np.ndarray, ...]] = {}
 
     def update(self, step_index: np.ndarray, q: np.ndarray, potential: np.ndarray) -> np.ndarray:
         """Take in one transition of every episode and say which to stop after it.
@@ -99,16 +100,29 @@ class LearnToStop:
         return stop
 
     def _is_hopeless(self, step: int, q: float, potential: float) -> bool:
-        rows = self._recent_rows()
-        values = self._q[rows, step]
-        valid = ~np.isnan(values)
-        if valid.sum() < self.min_valid:
+        if self._num_episodes < self.min_valid:
             return False
-        eps = float(np.median(values[valid]))
-        usual = float(np.median(self._potential[rows, step][valid]))
+        count, eps, usual = self._usual(step)
+        if count < self.min_valid:
+            return False
         low, high = self.omega_clip
         omega = min(max(self.omega_scale * usual / max(potential, 1e-12), low), high)
         return q < (omega * eps if eps >= 0 else eps / omega)
+
+    def _usual(self, step: int) -> tuple[int, float, float]:
+        """Episodes of the window that got to this step, and the medians of their values and potentials there.
+
+        Medians of several steps are computed together and kept until an episode ends: they are most of the cost.
+        """
+        block, place = divmod(step, _BLOCK)
+        if block not in self._medians:
+            rows, columns = self._recent_rows(), slice(block * _BLOCK, (block + 1) * _BLOCK)
+            q = self._q[rows, columns]
+            potential = np.where(np.isnan(q), np.nan, self._potential[rows, columns])
+            count = (~np.isnan(q)).sum(axis=0)
+            self._medians[block] = (count, _column_medians(q, count), _column_medians(potential, count))
+        count, eps, usual = (x[place] for x in self._medians[block])
+        return int(count), float(eps), float(usual)
 
     def _recent_rows(self) -> np.ndarray:
         """Rows of the last `window` episodes; their order does not matter."""
@@ -133,6 +147,7 @@ class LearnToStop:
             self._never[env] = self.generator.random() < self.keep_fraction
             if self.entropy_margin is not None and self._num_episodes % self.entropy_every == 0:
                 self._adapt_window()
+            self._medians.clear()
 
     def _adapt_window(self) -> None:
         entropy = value_entropy(self._q[self._recent_rows()])
@@ -164,8 +179,10 @@ class LearnToStop:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, list) else value)
         self.generator.bit_generator.state = state["generator"]
+        self._medians.clear()
 
 
+_BLOCK = 32  # steps
 _ARRAYS = ("_q", "_potential", "_open_q", "_open_potential", "_never")
 _NUMBERS = ("num_steps", "num_stopped", "window", "entropies", "stopped_at", "_num_episodes")
 
@@ -181,6 +198,14 @@ def _check(num_envs, horizon, window, max_window, omega_scale, omega_clip, keep_
         raise ValueError(f"omega_scale and omega_clip must be above 0; got {omega_scale} and {omega_clip}.")
     if not 0 <= keep_fraction <= 1:
         raise ValueError(f"keep_fraction must be in [0, 1]; got {keep_fraction}. It is a fraction.")
+
+
+def _column_medians(values: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Medians of the `count` numbers of each column, among NaN; 0 where there is none."""
+    ordered = np.sort(values.T, axis=1)  # NaN last
+    each = np.arange(len(count))
+    middle = (ordered[each, np.maximum(count - 1, 0) // 2] + ordered[each, count // 2]) / 2
+    return np.where(count > 0, middle, 0.0)
 
 
 def value_entropy(values: np.ndarray, bins: int = 32) -> float:

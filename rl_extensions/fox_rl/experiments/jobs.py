@@ -162,17 +162,26 @@ def train_many(
 ) -> None:
     """All arms and seeds of TD3 in one process."""
     from fox_rl.agents.td3 import Options
-    from fox_rl.experiments.many_td3 import train
+    from fox_rl.experiments.many_td3 import ManyTD3, train
 
     begin = time.perf_counter()
+    shown = [begin, 0]
 
     def timed(arm: str, seed: int, step: int, metric: str, value: float) -> None:
         report(arm, seed, step, metric, value)
         if (arm, seed) == runs[0] and metric == "eval_return":
             report("all", 0, step, "seconds", time.perf_counter() - begin)
 
+    def watch(step: int, many: ManyTD3) -> None:
+        """What a step costs, every five seconds."""
+        seconds = time.perf_counter() - shown[0]
+        if seconds > 5.0:
+            report("all", 0, step, "milliseconds_a_step", 1e3 * seconds / (step - shown[1]))
+            report("all", 0, step, "num_graphs", many.num_graphs)
+            shown[:] = time.perf_counter(), step
+
     options = Options(env_id=env_id, total_steps=steps, start_steps=5_000)
-    train(env_id, runs, options, timed, workers=workers, eval_every=max(1, steps // 15), graphs=graphs)
+    train(env_id, runs, options, timed, workers=workers, eval_every=max(1, steps // 15), graphs=graphs, watch=watch)
 
 
 def early_stop(env_id: str, name: str) -> Callable[[int, int | None], list[Job]]:

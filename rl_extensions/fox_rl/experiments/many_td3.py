@@ -2,13 +2,14 @@
 
 The networks of all runs are stacked, so that a step of all of them is one of each kernel, and on a GPU the whole
 update is one CUDA graph. The losses are those of the agent. The runs share nothing: each has its own environment,
-replay, noise and stopper. While the GPU makes an update, the CPU decides which episodes to stop.
+replay, noise and stopper. While the GPU makes an update, the CPUs step the environments.
 
 Letters: S runs, B batch, O observation size, A action size, C capacity.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -72,10 +73,11 @@ class Graphed:
     Args:
         function: Without arguments and results; reads and writes tensors whose addresses do not change.
         is_graphed: False calls it every time.
+        on_failure: Called when it cannot be recorded, before it is called as it is from then on.
     """
 
-    def __init__(self, function: Callable[[], None], is_graphed: bool):
-        self.function, self.calls, self.is_graphed = function, 0, is_graphed
+    def __init__(self, function: Callable[[], None], is_graphed: bool, on_failure: Callable[[], None] | None = None):
+        self.function, self.calls, self.is_graphed, self.on_failure = function, 0, is_graphed, on_failure
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -91,12 +93,25 @@ class Graphed:
                 self.function()
             torch.cuda.current_stream().wait_stream(stream)
         else:
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.function()
-            self.graph.replay()  # recording does not execute
+            self.record()
+            self()  # recording does not execute
+            return
         self.calls += 1
+
+    def record(self) -> None:
+        """Make the graph, or say loudly why there is none."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.function()
+            self.graph = graph
+        except RuntimeError as error:
+            sys.stderr.write(f"NO CUDA GRAPH of {self.function}, all goes on much slower without: {error}\n")
+            sys.stderr.flush()
+            self.is_graphed = False
+            if self.on_failure is not None:
+                self.on_failure()
 
 
 class ManyTD3:
@@ -133,12 +148,22 @@ class ManyTD3:
         self.observation = torch.zeros(self.num_runs, 1, self.observation_size, device=device)
         self.action = torch.zeros(self.num_runs, 1, self.action_size, device=device)
         self.value_and_potential = torch.zeros(2, self.num_runs, device=device)
+        self.generator: torch.Generator | None = None  # PyTorch's own
         functions = (
             self._receive, self._act, lambda: self._update(with_actor=False), lambda: self._update(with_actor=True)
         )  # fmt: skip
         self.receive, self.act, self.update_critics, self.update_all = (
-            Graphed(function, on_gpu and graphs) for function in functions
+            Graphed(function, on_gpu and graphs, self._new_generator) for function in functions
         )
+
+    @property
+    def num_graphs(self) -> int:
+        """Of the four functions, how many are graphs by now."""
+        return sum(x.graph is not None for x in (self.receive, self.act, self.update_critics, self.update_all))
+
+    def _new_generator(self) -> None:
+        """A recording that failed leaves PyTorch's generator unusable."""
+        self.generator = torch.Generator(self.device).manual_seed(0)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Rows `(..., R)` as a batch of the agent."""
@@ -181,10 +206,10 @@ class ManyTD3:
 
     def _update(self, with_actor: bool) -> None:
         shape = (self.num_runs, self.options.batch_size)
-        chosen = (torch.rand(shape, device=self.device) * self.size).long()
+        chosen = (torch.rand(shape, device=self.device, generator=self.generator) * self.size).long()
         chosen = torch.minimum(chosen, self.size - 1)  # float32 rounds up
         runs = torch.arange(self.num_runs, device=self.device)[:, None]
-        noise = torch.randn(*shape, self.action_size, device=self.device)
+        noise = torch.randn(*shape, self.action_size, device=self.device, generator=self.generator)
         self.learn(self.rows[runs, chosen], noise, with_actor)
 
     def learn(self, rows: Tensor, noise: Tensor, with_actor: bool) -> None:
@@ -240,6 +265,7 @@ class Runs:
         self.noise = StopNoise(options.exploration, max(options.exploration, options.noise_max), self.horizon // 4)
         self.deviation = np.full((len(runs), 1), options.exploration)
         self.generators = [np.random.default_rng(seed) for _, seed in runs]
+        self.noise_ahead = np.zeros((0, len(runs), 1))
         self.step_index = np.zeros((len(runs), 1), dtype=np.int64)
         self.lengths: list[list[int]] = [[] for _ in runs]
         self.num_stopped, self.saved_steps = np.zeros((2, len(runs)), dtype=np.int64)
@@ -255,7 +281,9 @@ class Runs:
         size = len(self.low)
         if action is None:
             return np.stack([g.uniform(-1, 1, size) for g in self.generators]).astype(np.float32)
-        noise = np.stack([g.standard_normal(size) for g in self.generators])
+        if not len(self.noise_ahead):
+            self.noise_ahead = np.stack([g.standard_normal((256, size)) for g in self.generators], axis=1)
+        noise, self.noise_ahead = self.noise_ahead[0], self.noise_ahead[1:]
         return np.clip(action + self.deviation * noise, -1, 1).astype(np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -315,6 +343,7 @@ def evaluate(many: ManyTD3, world: Runs, episodes: int) -> np.ndarray:
 def train(
     env_id: str, runs: list[tuple[str, int]], options: Options, report: Callable[..., None], *, device: str = "auto",
     workers: int = 1, eval_every: int = 20_000, eval_episodes: int = 5, graphs: bool = True,
+    watch: Callable[[int, ManyTD3], None] | None = None,
 ) -> ManyTD3:  # fmt: skip
     """Train all runs side by side.
 
@@ -328,6 +357,7 @@ def train(
         eval_every: Steps between evaluations.
         eval_episodes: Of one.
         graphs: Record CUDA graphs on a GPU.
+        watch: Called after every step with its number.
     """
     if any(arm not in ARMS for arm, _ in runs):
         raise ValueError(f"runs must have an arm of {', '.join(ARMS)}; got {sorted({arm for arm, _ in runs})}.")
@@ -341,13 +371,18 @@ def train(
         on = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
         many = ManyTD3(networks, options.total_steps, options, on, graphs)
         for step in range(1, options.total_steps + 1):
-            action = world.explore(many.choose(world.observation) if step > options.start_steps else None)
+            action = None
+            if step > options.start_steps:
+                action = many.choose(world.observation)
+                # Nothing waits for the update before `add`. It learns from all steps but this one.
+                (many.update_all if step % options.policy_delay == 0 else many.update_critics)()
+            action = world.explore(action)
             following, reward, terminated, truncated = world.step(action)
             columns = [world.observation, action, following, reward[:, None], terminated[:, None]]
             value, potential = many.add(*columns)
-            if step >= options.start_steps:
-                (many.update_all if step % options.policy_delay == 0 else many.update_critics)()
             world.finish(following, terminated, truncated, value, potential)
+            if watch is not None:
+                watch(step, many)
             if step % eval_every == 0 or step == options.total_steps:
                 returns = evaluate(many, world, eval_episodes)
                 for i, ((arm, seed), score) in enumerate(zip(runs, returns, strict=True)):

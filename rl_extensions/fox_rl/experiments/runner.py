@@ -105,6 +105,9 @@ def run_all(jobs: list[Job], workers: int, path: Path, seconds: float | None) ->
             else:
                 writer.writerow(row)
                 file.flush()
+                if row[2] == "all":  # of the process, not of an arm
+                    sys.stdout.write(f"{' '.join(key)}: step {row[4]}, {row[5]} {float(row[6]):.4g}\n")
+                    sys.stdout.flush()
                 if row[5] == "done":
                     finished += 1
                     sys.stdout.write(f"{' '.join(key)}: {float(row[6]):.0f} s; {len(waiting)} waiting\n")
