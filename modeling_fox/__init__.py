@@ -29,7 +29,8 @@ from .cache_fox import FoxDynamicLayer, FoxStaticLayer
 from .configuration_fox import FoxConfig
 from .context_parallel_fox import ContextParallel, enable_context_parallel
 from .diagnostics_fox import PruningStats, forget_gates, pruning_stats
-from .eviction_fox import CacheReport, FoxEvictingCache, GraphedStep
+from .eviction_fox import CacheReport, FoxEvictingCache
+from .graphed_fox import FusedStep, GraphedStep
 from .modeling_fox import FoxForCausalLM, FoxModel, FoxPreTrainedModel
 from .modeling_heads_fox import FoxForQuestionAnswering, FoxForSequenceClassification, FoxForTokenClassification
 from .tokenization_fox import JSONGPT2Tokenizer
@@ -78,6 +79,7 @@ __all__ = [
     "FoxModel",
     "FoxPreTrainedModel",
     "FoxStaticLayer",
+    "FusedStep",
     "GraphedStep",
     "JSONGPT2Tokenizer",
     "PruningStats",

@@ -55,12 +55,6 @@ def operators():
     return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention"))
 
 
-# What a CUDA graph of a step has the addresses of.
-READ_BY_A_STEP = (
-    "keys", "values", "within", "starts", "totals", "table", "first_key", "lengths", "key_start",
-)  # fmt: skip
-
-
 class CacheReport(NamedTuple):
     """What an evicting cache holds.
 
@@ -475,56 +469,6 @@ class FoxEvictingCache(Cache):
         self._take_sequences(torch.arange(batch)[indices.cpu()])
 
 
-class GraphedStep:
-    """A decoding step of `model` over an evicting cache, replayed as a CUDA graph; for a loop of one's own.
-
-    Recorded anew when the pool or a table has grown, which becomes rare. The prompt goes through the model itself.
-
-    Args:
-        model: A FoX model on one CUDA device, without RoPE.
-        cache: Evicting cache that holds a prompt of at least one token.
-
-    Raises:
-        ValueError: If the model or the cache is not one of the above.
-    """
-
-    def __init__(self, model: torch.nn.Module, cache: FoxEvictingCache):
-        if model.config.use_rope or model.device.type != "cuda" or len(cache.pages.stores) != 1:
-            raise ValueError(
-                "`model` must be on one CUDA device, without RoPE, and `cache` hold a prompt; got "
-                f"{model.device}, use_rope={model.config.use_rope} and {cache.get_seq_length()} tokens."
-            )
-        if cache.pages.logit_bound is not None:
-            raise ValueError("`logit_bound` must be None in a CUDA graph; got one, which waits for the device.")
-        self.model, self.cache = model, cache
-        self.graph = None
-        self.input_ids = self.logits = self._addresses = None
-
-    @torch.no_grad()
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Feed one token a sequence, `(B, 1)`; returns the logits `(B, 1, V)`, overwritten by the next call."""
-        self.cache.make_room(1)
-        if self.graph is None and self.input_ids is None:
-            # Plain, once: kernels are compiled and memory is set up.
-            self.input_ids = input_ids.clone()
-            return self.model(input_ids, past_key_values=self.cache, use_cache=True).logits
-        (store,) = self.cache.pages.stores.values()
-        tensors = [getattr(store, name) for name in READ_BY_A_STEP]
-        addresses = [None if x is None else x.data_ptr() for x in tensors] + [input_ids.shape]
-        if self.graph is None or addresses != self._addresses:
-            self.cache.check_weights()
-            lengths = list(store.num_keys)
-            self.input_ids, self.graph = input_ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self.model(self.input_ids, past_key_values=self.cache, use_cache=True).logits
-            # Recording moved what Python knows, and nothing on the device.
-            store.num_keys, self._addresses = lengths, addresses
-        self.input_ids.copy_(input_ids)
-        self.graph.replay()
-        store.num_keys = [x + (x > 0) for x in store.num_keys]
-        return self.logits
-
-
 def make_evicting_cache(config: PreTrainedConfig, generation_config: GenerationConfig) -> FoxEvictingCache:
     """For `generate`: `generation_config.cache_config` may hold the options of `FoxEvictingCache`."""
     cache = FoxEvictingCache(config, **(generation_config.cache_config or {}))
@@ -537,4 +481,4 @@ def make_evicting_cache(config: PreTrainedConfig, generation_config: GenerationC
 if "fox" not in configuration_utils.ALL_CACHE_IMPLEMENTATIONS:
     configuration_utils.ALL_CACHE_IMPLEMENTATIONS += ("fox",)
 
-__all__ = ["CacheReport", "FoxEvictingCache", "FoxEvictingLayer", "GraphedStep", "make_evicting_cache"]
+__all__ = ["CacheReport", "FoxEvictingCache", "FoxEvictingLayer", "make_evicting_cache"]

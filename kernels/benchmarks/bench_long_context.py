@@ -1,25 +1,29 @@
 """Long contexts: FoX with the cache that forgets, beside a Transformer of the same size with SDPA and a static cache.
 
-    python kernels/benchmarks/bench_long_context.py                      all parts, about two minutes on an H100
-    python kernels/benchmarks/bench_long_context.py --parts memory speed
+    python kernels/benchmarks/bench_long_context.py                      all parts, some minutes on an H100
+    python kernels/benchmarks/bench_long_context.py --parts speed --batches 1 --lengths 4096 131072
+    python kernels/benchmarks/bench_long_context.py --parts prompt --prompt 131072                    a trial
     python kernels/benchmarks/bench_long_context.py --device cpu --layers 2 --hidden-size 64 --vocab-size 256 \
         --lengths 256 1024 --batches 1 2 --prompt 4096 --chunk 512 --tokens 4                   does the script run?
 
 FoX (Pro) of 125M parameters, random weights in bfloat16, gate biases that forget within 1 to 10,000 tokens; a Qwen3 of
 the same width, depth and heads. Parts:
 
-- `memory`: bytes of the cache after each length, next to those of a cache of everything, and the share of keys that
-  the proof dropped.
 - `speed`: milliseconds of a decoding step after each length and for each batch, of both models, each step replayed
-  from a CUDA graph, median of --tokens steps. Caches are filled directly, with random keys, in chunks: no prompt is
-  computed. With `--decay-time 100` what is live after 4096 tokens is live after 131072, too.
+  from a CUDA graph, median of --tokens steps: `eager`, the models as they are, and `compiled`, FoX as a `FusedStep`
+  and the Transformer through torch.compile, as `generate` does with a static cache. Caches are filled directly, with
+  random keys, in chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after
+  131072, too. For the first batch also the bytes of the cache next to those of a cache of everything, and the share
+  of keys that the proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken,
+  for FoX as well.
 - `prompt`: a prompt of --prompt tokens through the model in chunks, its tokens/s, the peak of allocated memory, and
   what of that is known: weights, cache, and the activations that one chunk takes alone.
 
-Rows go to --json. A row whose memory does not fit says so and is left out.
+Rows go to --json, which is written anew after each.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -32,9 +36,28 @@ from _common import ROOT, commit
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 sys.path.insert(0, str(ROOT))
-from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, GraphedStep
+from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, FusedStep, GraphedStep
 
 FILL = 4096  # tokens that the cache is filled with at a time
+SPARE = 2**30  # bytes that the largest batch leaves free
+BEGAN = time.perf_counter()
+
+
+def say(text):
+    """A line with the seconds since the start."""
+    print(f"{time.perf_counter() - BEGAN:6.0f} s  {text}", flush=True)
+
+
+class Rows(list):
+    """Results; written to a file whenever one is added."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def append(self, row):
+        super().append(row)
+        if self.file is not None:
+            self.file.write_text(json.dumps(self, indent=1), encoding="utf-8")
 
 
 def build(options):
@@ -58,7 +81,7 @@ def build(options):
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     for model in (fox, dense):
         model.eval().to(options.device, dtype)
-        print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
+        say(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
     return fox, dense
 
 
@@ -67,35 +90,43 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def filled_cache(model, batch, length):
-    """Evicting cache after `length` tokens of random keys, gates as an untrained model makes them."""
+def new_cache(model, batch):
+    """Evicting cache after one token, which sets everything up: bounds, shifts, pages."""
+    cache = FoxEvictingCache(model.config)
+    model(torch.zeros(batch, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def fill(model, cache, length):
+    """Random keys until `length` tokens are in the cache, gates as an untrained model makes them."""
     config, attention = model.config, [layer.self_attn for layer in model.model.layers]
-    cache = FoxEvictingCache(config)
     device, dtype, heads = model.device, model.dtype, config.num_attention_heads
-    # The first token sets everything up: bounds, shifts, pages.
-    model(torch.zeros(batch, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
     (store,) = cache.pages.stores.values()
-    generator = torch.Generator(device).manual_seed(1)
-    for begin in range(1, length, FILL):
+    generator = torch.Generator(device).manual_seed(length)
+    for begin in range(cache.get_seq_length(), length, FILL):
         number = min(FILL, length - begin)
-        shape = (batch, heads, number, config.head_dim)
+        shape = (store.batch, heads, number, config.head_dim)
         keys = torch.randn(shape, device=device, generator=generator)
         keys = (keys / keys.square().mean(-1, keepdim=True).sqrt()).to(dtype)
         for idx, module in enumerate(attention):
             gates = torch.nn.functional.logsigmoid(module.fgate_proj.bias.float())
-            spread = torch.rand(batch, heads, number, device=device, generator=generator) * 2.0
+            spread = torch.rand(shape[:3], device=device, generator=generator) * 2.0
             store.extend(idx, keys, keys, gates[None, :, None] * spread)
-    return cache
 
 
 def dense_cache(model, batch, length, room):
-    cache = StaticCache(config=model.config, max_cache_len=length + room)
+    cache = StaticCache(config=model.config, max_cache_len=-(-(length + room) // 64) * 64)
     token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
     model(token, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(length)
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            # One compilation for all lengths: no look at where a cache lies or how long it is.
+            vars(tensor).pop("_dynamo_static_input_type", None)
+            if tensor.dim() == 4:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
     return cache
 
 
@@ -118,30 +149,38 @@ def median_ms(step, tokens, device):
 
 
 def fox_step(model, cache, batch):
+    """A step of FoX, or of a `FusedStep` of it, as a CUDA graph."""
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     if model.device.type != "cuda":
-        return lambda: model(ids, past_key_values=cache, use_cache=True).logits
+        return lambda: fox_plain(model, ids, cache)
     graphed = GraphedStep(model, cache)
     for _ in range(3):
         graphed(ids)
     return lambda: graphed(ids)
 
 
-def dense_step(model, cache, batch, length):
-    """A step of the Transformer as a CUDA graph; the positions and the mask move with the cache's own counter."""
+def fox_plain(model, ids, cache):
+    if isinstance(model, FusedStep):
+        return model(ids, cache)
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+def dense_step(model, forward, cache, batch, length):
+    """A step of the Transformer as a CUDA graph; the mask moves with the cache's own counter."""
     ids = torch.ones(batch, 1, dtype=torch.long, device=model.device)
     position = torch.full((batch, 1), length, dtype=torch.long, device=model.device)
     places = torch.arange(cache.layers[0].keys.shape[2], device=model.device)
 
     def step():
         # What is behind the newest token is masked, as `generate` does with a static cache.
-        mask = (places <= cache.layers[0].cumulative_length)[None, None, None]
-        return model(
-            ids, attention_mask=mask.expand(batch, -1, -1, -1), position_ids=position, past_key_values=cache,
-            use_cache=True,
+        mask = (places <= cache.layers[0].cumulative_length)[None, None, None].expand(batch, -1, -1, -1)
+        torch._dynamo.maybe_mark_dynamic(mask, 3)
+        return forward(
+            ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
         ).logits  # fmt: skip
 
-    step()
+    for _ in range(2):
+        step()
     if model.device.type != "cuda":
         return step
     graph = torch.cuda.CUDAGraph()
@@ -151,47 +190,92 @@ def dense_step(model, cache, batch, length):
     return graph.replay
 
 
-def part_memory(fox, options, rows):
-    for length in options.lengths:
-        cache = filled_cache(fox, 1, length)
-        report = cache.report()
-        config = fox.config
-        full = report.full_keys * (2 * config.head_dim * fox.dtype.itemsize + 8)
-        live = int(report.live_keys.sum()) / report.full_keys
-        print(
-            f"memory {length:8} tokens: cache {report.memory_bytes / 2**20:9.1f} MiB, everything {full / 2**20:9.1f} "
-            f"MiB, share {report.memory_bytes / full:.4f}; live keys {live:.4f}; bound {report.lost_mass_bound:.1e}",
-            flush=True,
-        )
-        rows.append(dict(part="memory", length=length, bytes=report.memory_bytes, full_bytes=full, live=live))
+def largest_batch(model, length, room, wanted):
+    """How many sequences of `length` a static cache has room for, at most `wanted`."""
+    if model.device.type != "cuda":
+        return wanted
+    config = model.config
+    one = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    return min(wanted, (torch.cuda.mem_get_info()[0] - SPARE) // (one * (length + room)))
+
+
+def release(device):
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def tell_memory(fox, cache, length, rows):
+    report, config = cache.report(), fox.config
+    full = report.full_keys * (2 * config.head_dim * fox.dtype.itemsize + 8)
+    live = int(report.live_keys.sum()) / report.full_keys
+    say(
+        f"memory {length:8} tokens: cache {report.memory_bytes / 2**20:9.1f} MiB, everything {full / 2**20:9.1f} "
+        f"MiB, share {report.memory_bytes / full:.4f}; live keys {live:.4f}; bound {report.lost_mass_bound:.1e}"
+    )
+    rows.append(dict(part="memory", length=length, bytes=report.memory_bytes, full_bytes=full, live=live))
 
 
 def part_speed(fox, dense, options, rows):
+    steppers = {"eager": (fox, dense), "compiled": (None, None)}
+    if "compiled" in options.modes:
+        steppers["compiled"] = (FusedStep(fox), torch.compile(dense))
     for batch in options.batches:
+        times = {}
         for length in options.lengths:
-            row = dict(part="speed", batch=batch, length=length)
-            for name in ("fox", "dense"):
-                try:
-                    if name == "fox":
-                        cache = filled_cache(fox, batch, length)
-                        step = fox_step(fox, cache, batch)
-                    else:
-                        cache = dense_cache(dense, batch, length, options.tokens + 8)
-                        step = dense_step(dense, cache, batch, length)
-                    row[f"{name}_ms"] = median_ms(step, options.tokens, options.device)
-                except torch.OutOfMemoryError:
-                    row[f"{name}_ms"] = None
-                cache = step = None
-                if options.device == "cuda":
-                    torch.cuda.empty_cache()
-            rows.append(row)
-            rates = {x: batch / row[f"{x}_ms"] * 1e3 if row[f"{x}_ms"] else None for x in ("fox", "dense")}
-            text = "  ".join(
-                f"{x} {row[f'{x}_ms']:.3f} ms {rates[x]:.0f} tokens/s" if rates[x] else f"{x}: out of memory"
-                for x in rates
-            )
-            ratio = f"  {rates['fox'] / rates['dense']:.2f} x" if all(rates.values()) else ""
-            print(f"speed batch {batch:3} after {length:7} tokens: {text}{ratio}", flush=True)
+            fits = largest_batch(dense, length, options.tokens + 8, batch)
+            for name in options.modes:
+                time_dense(dense, steppers[name][1], name, fits, length, options, times)
+            if fits < batch:
+                time_fox(fox, steppers, fits, [length], options, times, [])
+        time_fox(fox, steppers, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
+        for length in options.lengths:
+            fits = largest_batch(dense, length, options.tokens + 8, batch)
+            for count in sorted({batch, fits}):
+                tell_speed(count, length, options.modes, times, rows)
+
+
+def time_dense(dense, forward, name, batch, length, options, times):
+    cache = step = None
+    try:
+        cache = dense_cache(dense, batch, length, options.tokens + 8)
+        step = dense_step(dense, forward, cache, batch, length)
+        times["dense", name, batch, length] = median_ms(step, options.tokens, options.device)
+        say(f"Transformer, {name}, batch {batch}, {length} tokens: {times['dense', name, batch, length]:.3f} ms")
+    except torch.OutOfMemoryError:
+        say(f"Transformer, {name}, batch {batch}, {length} tokens: out of memory")
+    cache = step = None
+    release(options.device)
+
+
+def time_fox(fox, steppers, batch, lengths, options, times, rows):
+    """One cache that grows from length to length."""
+    cache = step = None
+    try:
+        cache = new_cache(fox, batch)
+        for length in sorted(lengths):
+            fill(fox, cache, length)
+            tell_memory(fox, cache, length, rows)
+            for name in options.modes:
+                step = fox_step(steppers[name][0], cache, batch)
+                times["fox", name, batch, length] = median_ms(step, options.tokens, options.device)
+                say(f"FoX, {name}, batch {batch}, {length} tokens: {times['fox', name, batch, length]:.3f} ms")
+                step = None
+    except torch.OutOfMemoryError:
+        say(f"FoX, batch {batch}, {length} tokens: out of memory")
+    cache = step = None
+    release(options.device)
+
+
+def tell_speed(batch, length, modes, times, rows):
+    for name in modes:
+        ms = {x: times.get((x, name, batch, length)) for x in ("fox", "dense")}
+        text = "  ".join(
+            f"{x} {ms[x]:.3f} ms {batch / ms[x] * 1e3:.0f} tokens/s" if ms[x] else f"{x}: not measured" for x in ms
+        )
+        ratio = f"  {ms['dense'] / ms['fox']:.2f} x" if all(ms.values()) else ""
+        say(f"speed {name} batch {batch:3} after {length:7} tokens: {text}{ratio}")
+        rows.append(dict(part="speed", mode=name, batch=batch, length=length, fox_ms=ms["fox"], dense_ms=ms["dense"]))
 
 
 def part_prompt(fox, options, rows):
@@ -217,8 +301,12 @@ def part_prompt(fox, options, rows):
         torch.cuda.reset_peak_memory_stats()
     cache = FoxEvictingCache(fox.config)
     begin = time.perf_counter()
-    for start in range(0, options.prompt, options.chunk):
+    chunks = range(0, options.prompt, options.chunk)
+    for number, start in enumerate(chunks):
         fox(chunk_of()[:, : options.prompt - start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if number % max(len(chunks) // 10, 1) == 0:
+            synchronise(options.device)
+            say(f"prompt: {start + options.chunk} tokens after {time.perf_counter() - begin:.1f} s")
     synchronise(options.device)
     seconds = time.perf_counter() - begin
     report = cache.report()
@@ -232,12 +320,12 @@ def part_prompt(fox, options, rows):
     growing = store.keys.numel() * store.keys.element_size()
     explained = weights + report.memory_bytes + max(alone + gathered, growing)
     rate = options.prompt / seconds
-    print(f"prompt {options.prompt} tokens in chunks of {options.chunk}: {rate:.0f} tokens/s; {report}")
+    say(f"prompt {options.prompt} tokens in chunks of {options.chunk}: {rate:.0f} tokens/s; {report}")
     known = {"weights": weights, "cache": report.memory_bytes, "a chunk alone": alone}
     known |= {"and gathered keys": gathered, "or the growing pool": growing}
     text = ", ".join(f"{name} {x / 2**20:.1f}" for name, x in known.items())
     off = f"; off by {explained / peak - 1:+.1%}" if peak else ""
-    print(f"prompt peak {peak / 2**20:.1f} MiB; explained {explained / 2**20:.1f} MiB: {text}{off}", flush=True)
+    say(f"prompt peak {peak / 2**20:.1f} MiB; explained {explained / 2**20:.1f} MiB: {text}{off}")
     rows.append(
         dict(
             part="prompt", length=options.prompt, seconds=seconds, peak=peak, weights=weights, alone=alone,
@@ -249,7 +337,10 @@ def part_prompt(fox, options, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=["memory", "speed", "prompt"], default=["memory", "speed", "prompt"]
+        "--parts", nargs="+", choices=["speed", "prompt"], default=["speed", "prompt"], help="default: both"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"], help="default: both"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
@@ -269,17 +360,13 @@ def main():
     torch.set_grad_enabled(False)
     fox, dense = build(options)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-    print(f"{name}, torch {torch.__version__}, commit {commit()}")
-    rows = []
-    if "memory" in options.parts:
-        part_memory(fox, options, rows)
+    say(f"{name}, torch {torch.__version__}, commit {commit()}")
+    rows = Rows(options.json)
     if "speed" in options.parts:
         part_speed(fox, dense, options, rows)
     if "prompt" in options.parts:
         dense.to("cpu")
         part_prompt(fox, options, rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

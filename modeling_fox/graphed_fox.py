@@ -1,0 +1,295 @@
+# Copyright 2026 The FoX project authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding steps over an evicting cache for a loop of one's own: fewer kernels, compiled, replayed as a CUDA graph.
+
+A step of one token waits for launches and for small kernels, not for arithmetic. `FusedStep` computes what the model
+does with one product where several weights meet the same input, and lets `torch.compile` put the rest together;
+`GraphedStep` replays either as a CUDA graph.
+
+Letters:  B batch, H query heads, H_kv key heads, D head dim, E hidden size, V vocabulary.
+"""
+
+import itertools
+import types
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .eviction_fox import FoxEvictingCache, operators
+
+# What a CUDA graph of a step has the addresses of.
+READ_BY_A_STEP = (
+    "keys", "values", "within", "starts", "totals", "table", "first_key", "lengths", "key_start",
+)  # fmt: skip
+# Rows of a product start at multiples of 16 bytes.
+ALIGNED = 64
+
+_steps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("modeling_fox::attend_to_pages", mutates_args=())
+def attend_to_pages(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_fgate: torch.Tensor, number: int, layer: int, scale: float
+) -> torch.Tensor:
+    """Store one token and attend from it: `q (B, H, D)`, `k` and `v (B, H_kv, D)`, `log_fgate (B, H)`; like `q`.
+
+    The pages, which it writes to, are not an argument: they are those of the call of step `number` that is running.
+    So a compiled step knows nothing of their sizes and keeps no copy.
+    """
+    store = _steps[number].store
+    new = [x.unsqueeze(2) for x in (q, k, v, log_fgate)]
+    return operators()[1].paged_attention(*new, store, layer, scale=scale).view(q.shape)
+
+
+@attend_to_pages.register_fake
+def _(q, k, v, log_fgate, number, layer, scale):
+    return q.new_empty(q.shape)
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one layer; what meets the same input is one matrix.
+
+    Attributes:
+        inputs: `(n, E)`: queries, keys, values, output gate, logits of the key shift, the value shift and the forget
+            gate, in this order, `widths` of them, those that the model has not 0; then rows of zeros.
+        fgate: Weight of the forget gate where it is of another dtype than the others, else None.
+        fgate_bias: `(H,)` fp32, or None without forget gates.
+        mlp: `(2 F, E)`: gate and up.
+    """
+
+    widths: tuple[int, ...]
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    fgate: torch.Tensor | None
+    fgate_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output_norm: torch.Tensor | None
+    before: torch.Tensor
+    after: torch.Tensor
+    mlp: torch.Tensor
+    down: torch.Tensor
+    skip_scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Module):
+        """Those of a FoxDecoderLayer. Matrices that are put together are copied, the others are the model's own."""
+        attention, mlp = layer.self_attn, layer.mlp
+        names = ("q_proj", "k_proj", "v_proj", "ogate_proj", "k_shift_proj", "v_shift_proj", "fgate_proj")
+        parts = [getattr(attention, name) for name in names]
+        for part in (*parts, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            # By name: the forget gate, a class of its own, may be of code from the Hub.
+            if part is not None and type(part).__name__ not in ("Linear", "FoxForgetGate"):
+                raise ValueError(
+                    f"`model` must have plain linear layers for a fused step; got a {type(part).__name__}. Merge "
+                    "adapters first, and leave quantized models to `model` itself."
+                )
+        fgate = attention.fgate_proj
+        bias = attention.fgate_bias if fgate is None else fgate.bias
+        is_apart = fgate is not None and fgate.weight.dtype != attention.q_proj.weight.dtype
+        parts[-1] = None if is_apart else fgate
+        widths = [0 if part is None else part.weight.shape[0] for part in parts]
+        weights = [part.weight for part in parts if part is not None]
+        padding = attention.q_proj.weight.new_zeros(-sum(widths) % ALIGNED, attention.q_proj.weight.shape[1])
+        norms = [getattr(attention, name) for name in ("q_norm", "k_norm", "output_norm")]
+        return cls(
+            (*widths, len(padding)),
+            torch.cat([*weights, padding]).detach(),
+            attention.o_proj.weight.detach(),
+            fgate.weight.detach() if is_apart else None,
+            None if bias is None else bias.detach().float(),
+            *(None if norm is None else norm.weight.detach() for norm in norms),
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach(),
+            mlp.down_proj.weight.detach(),
+            None if layer.skip_scale is None else layer.skip_scale.detach(),
+        )
+
+
+def head_norm(states, weight, eps):
+    """As `FoxHeadRMSNorm`, of `(B, heads, D)`; as it is without a weight."""
+    if weight is None:
+        return states
+    return torch.rms_norm(states, states.shape[-1:], None, eps) * weight.to(states.dtype)
+
+
+def shifted(own, logits, past):
+    """Mix `own (B, H_kv, D)` with that of the token before, which `past (B, 1, H_kv, D)` remembers and is given it."""
+    if past is None:
+        return own
+    weight = logits.float().sigmoid().unsqueeze(-1)
+    mixed = torch.lerp(own.float(), past[:, 0].float(), weight).to(own.dtype)
+    past.copy_(own[:, None])
+    return mixed
+
+
+class FusedStep:
+    """Feeds one token a sequence to a FoX model over an evicting cache: the model's logits, in fewer operations.
+
+    Weights that meet the same input are copied into one matrix, so that they take one product; `torch.compile` makes
+    one kernel of what lies between products and attention. The first call for each batch size compiles, for a minute
+    or so. One object serves any number of caches, one call at a time.
+
+    Args:
+        model: A `FoxForCausalLM` on one device, without RoPE, with plain linear layers.
+        compile: False runs the operations one by one.
+
+    Raises:
+        ValueError: If the model is not as above.
+    """
+
+    def __init__(self, model: nn.Module, compile: bool = True):
+        self.config, self.device, self.compile = model.config, model.device, compile
+        if self.config.use_rope or len({x.device for x in model.parameters()}) != 1:
+            raise ValueError(
+                "`model` must be on one device, without RoPE, for a fused step; got "
+                f"{sorted({str(x.device) for x in model.parameters()})}, use_rope={self.config.use_rope}. Call the "
+                "model itself."
+            )
+        self.number, self.store = next(_numbers), None
+        _steps[self.number] = self
+        base = model.model
+        self._parameters = [(weakref.ref(x), x._version) for x in model.parameters() if not x.is_inference()]
+        self.layers = [LayerWeights.of(layer) for layer in base.layers]
+        self.scaling = base.layers[0].self_attn.scaling
+        self.act_fn = base.layers[0].mlp.act_fn
+        self.ogate_act = getattr(base.layers[0].self_attn, "ogate_act", None)
+        self.embeddings = base.embed_tokens.weight.detach()
+        self.norm, self.head = base.norm.weight.detach(), model.lm_head.weight.detach()
+        self._compiled = {}
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, cache: FoxEvictingCache) -> torch.Tensor:
+        """Feed `input_ids (B, 1)`, none of them padding; returns the logits `(B, 1, V)`.
+
+        Raises:
+            ValueError: If weights changed, or `cache` does not hold a prompt, has a `logit_bound`, or records tokens
+                that may be taken back.
+        """
+        if any(x() is None or x()._version != version for x, version in self._parameters):
+            raise ValueError("`model` must not change under its fused step; its weights did. Build a new FusedStep.")
+        if cache.pages.logit_bound is not None or len(cache.pages.stores) != 1 or cache.layers[0].record_past:
+            raise ValueError(
+                "`cache` must hold a prompt, have no `logit_bound` and not be for assisted decoding, in a fused step; "
+                f"got {cache.get_seq_length()} tokens, logit_bound={cache.pages.logit_bound}, recording="
+                f"{cache.layers[0].record_past}. Call the model itself."
+            )
+        cache.check_weights()
+        (self.store,) = cache.pages.stores.values()
+        shifts = [(layer.shift_keys, layer.shift_values) for layer in cache.layers]
+        try:
+            return self._function(len(input_ids))(self, input_ids, shifts)
+        finally:
+            self.store = None
+
+    def _function(self, batch):
+        if not self.compile:
+            return _logits
+        if batch not in self._compiled:
+            # Code of its own: Dynamo counts how often a function was compiled, of all models and batch sizes.
+            own = types.FunctionType(_logits.__code__.replace(), _logits.__globals__, _logits.__name__)
+            self._compiled[batch] = torch.compile(own, fullgraph=True, dynamic=False)
+        return self._compiled[batch]
+
+    def attend(self, idx: int, weights: LayerWeights, states: torch.Tensor, shifts) -> torch.Tensor:
+        """Attention of layer `idx`, `(B, E)` to `(B, E)`."""
+        dim, eps = self.config.head_dim, self.config.qk_norm_eps
+        parts = F.linear(states, weights.inputs).split(weights.widths, dim=-1)
+        query, key, value, ogate = (x.unflatten(-1, (-1, dim)) if x.shape[-1] else None for x in parts[:4])
+        key, value = shifted(key, parts[4], shifts[0]), shifted(value, parts[5], shifts[1])
+        query, key = head_norm(query, weights.q_norm, eps), head_norm(key, weights.k_norm, eps)
+        if weights.fgate_bias is None:
+            gate = torch.zeros(query.shape[:2], device=query.device)
+        else:
+            logits = parts[6]
+            if weights.fgate is not None:
+                logits = F.linear(states.to(weights.fgate.dtype), weights.fgate)
+            gate = weights.fgate_bias.expand(query.shape[:2])
+            gate = F.logsigmoid(gate + logits.float() if logits.shape[-1] else gate)
+        out = attend_to_pages(query, key, value, gate, self.number, idx, self.scaling)
+        out = head_norm(out, weights.output_norm, self.config.rms_norm_eps)
+        if ogate is not None:
+            out = out * self.ogate_act(ogate)
+        return F.linear(out.flatten(1), weights.outputs)
+
+
+def _logits(self: FusedStep, input_ids, shifts):
+    """`(B, 1, V)`; a function of its own for the sake of `FusedStep._function`."""
+    eps = self.config.rms_norm_eps
+    hidden = embeddings = F.embedding(input_ids[:, 0], self.embeddings)
+    for idx, weights in enumerate(self.layers):
+        states = torch.rms_norm(hidden, hidden.shape[-1:], weights.before, eps)
+        hidden = hidden + self.attend(idx, weights, states, shifts[idx])
+        states = torch.rms_norm(hidden, hidden.shape[-1:], weights.after, eps)
+        gate, up = F.linear(states, weights.mlp).chunk(2, dim=-1)
+        hidden = hidden + F.linear(self.act_fn(gate) * up, weights.down)
+        if weights.skip_scale is not None:
+            hidden = hidden + weights.skip_scale * embeddings
+    return F.linear(torch.rms_norm(hidden, hidden.shape[-1:], self.norm, eps), self.head)[:, None]
+
+
+class GraphedStep:
+    """A decoding step of `model` over an evicting cache, replayed as a CUDA graph; for a loop of one's own.
+
+    Recorded anew when the pool or a table has grown, which becomes rare. The prompt goes through the model itself.
+
+    Args:
+        model: A FoX model on one CUDA device, without RoPE, or a `FusedStep` of it, which is faster.
+        cache: Evicting cache that holds a prompt of at least one token.
+
+    Raises:
+        ValueError: If the model or the cache is not one of the above.
+    """
+
+    def __init__(self, model: nn.Module | FusedStep, cache: FoxEvictingCache):
+        if model.config.use_rope or model.device.type != "cuda" or len(cache.pages.stores) != 1:
+            raise ValueError(
+                "`model` must be on one CUDA device, without RoPE, and `cache` hold a prompt; got "
+                f"{model.device}, use_rope={model.config.use_rope} and {cache.get_seq_length()} tokens."
+            )
+        if cache.pages.logit_bound is not None:
+            raise ValueError("`logit_bound` must be None in a CUDA graph; got one, which waits for the device.")
+        self.model, self.cache = model, cache
+        self.graph = self.input_ids = self.logits = self._addresses = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Feed one token a sequence, `(B, 1)`; returns the logits `(B, 1, V)`, overwritten by the next call.
+
+        Raises:
+            ValueError: If the weights are not those with which the cached tokens were computed.
+        """
+        self.cache.check_weights()
+        self.cache.make_room(1)
+        if self.input_ids is None or self.input_ids.shape != input_ids.shape:
+            # Plain, once: kernels are compiled and memory is set up.
+            self.input_ids, self.graph = input_ids.clone(), None
+            return self._step()
+        self.input_ids.copy_(input_ids)
+        (store,) = self.cache.pages.stores.values()
+        tensors = [getattr(store, name) for name in READ_BY_A_STEP]
+        tensors += [x for layer in self.cache.layers for x in (layer.shift_keys, layer.shift_values)]
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        if self.graph is None or addresses != self._addresses:
+            lengths = list(store.num_keys)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._step()
+            # Recording moved what Python knows, and nothing on the device.
+            store.num_keys, self._addresses = lengths, addresses
+        self.graph.replay()
+        store.num_keys = [x + (x > 0) for x in store.num_keys]
+        return self.logits
+
+    def _step(self):
+        if isinstance(self.model, FusedStep):
+            return self.model(self.input_ids, self.cache)
+        return self.model(self.input_ids, past_key_values=self.cache, use_cache=True).logits
+
+
+__all__ = ["FusedStep", "GraphedStep"]
