@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from test_training_train import curve, lines, run_tiny, write_recipe
 
 from fox_training import checkpoint as ckpt
+from fox_training import train as training
 from fox_training.batches import Batches, plan_batches
 from fox_training.checkpoint import CheckpointError, CheckpointFolder
 from fox_training.guard import Guard
 from fox_training.pipeline import load_data
 from fox_training.recipe import UserError, load_recipe
-from fox_training.train import one_error_for_a_lost_process, train
+from fox_training.train import newest_checkpoint, one_error_for_a_lost_process, train
 
 
 def alone(losses):
@@ -118,17 +119,32 @@ def test_a_full_disk_in_the_background_is_an_error_of_the_next_save(tmp_path, mo
 
 
 def test_a_process_that_is_gone_is_one_line_and_other_errors_stay(tmp_path):
-    run = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=2), checkpoints=CheckpointFolder(tmp_path, keep_last=1)
-    )
-    with pytest.raises(UserError, match="another process of this run is gone .*There is no checkpoint yet; the same"):
-        with one_error_for_a_lost_process(run):
-            # The save in the background waits for the same process.
-            run.checkpoints._pending = tmp_path, Future()
-            run.checkpoints._pending[1].set_exception(RuntimeError("Connection closed by peer"))
-            raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
-    with pytest.raises(RuntimeError, match="shapes do not match"), one_error_for_a_lost_process(run):
+    run = SimpleNamespace(checkpoints=CheckpointFolder(tmp_path, keep_last=1))
+
+    def block():
+        return one_error_for_a_lost_process(SimpleNamespace(num_processes=2), lambda: newest_checkpoint(run))
+
+    message = r"another process of this run is gone \(Connection closed by peer\)\. There is no checkpoint yet; "
+    with pytest.raises(UserError, match=message), block():
+        # The save in the background waits for the same process.
+        run.checkpoints._pending = tmp_path, Future()
+        run.checkpoints._pending[1].set_exception(RuntimeError("Connection closed by peer"))
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234. GLHF!")
+    with pytest.raises(RuntimeError, match="shapes do not match"), block():
         raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize("place", ["set_up", "resume"])
+def test_a_process_that_is_gone_before_the_first_step_is_one_line_too(tmp_path, monkeypatch, place):
+    def gone(*arguments):
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:12675: Connection reset by peer.")
+
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(training, "start_accelerator", lambda recipe: accelerator)
+    monkeypatch.setattr(training, "set_up", lambda *arguments: (None, None))
+    monkeypatch.setattr(training, place, gone)
+    with pytest.raises(UserError, match=r"is gone \(Connection reset by peer\)\. No step was done since the newest"):
+        run_tiny(tmp_path)
 
 
 def test_a_run_with_kron_goes_on_bit_for_bit(tmp_path):

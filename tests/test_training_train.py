@@ -370,7 +370,7 @@ def test_trackio_gets_the_figures(tmp_path):
     # It asks for its folder when it is imported.
     process = server().Process(target=train_with_trackio, args=(str(recipe), str(tmp_path / "trackio")))
     process.start()
-    process.join(120)
+    process.join(400)
     assert process.exitcode == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "fox.db")) as database:
         rows = database.execute("select step, metrics from metrics order by id").fetchall()

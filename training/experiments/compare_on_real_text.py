@@ -191,7 +191,9 @@ class Experiment:
         out = self.args.out / name
         shutil.rmtree(out, ignore_errors=True)
         try:
-            train(self.recipe(arm, seed, steps, out))
+            reached = train(self.recipe(arm, seed, steps, out))["step"]
+            if reached < steps:  # the loop has caught a signal that was meant for all runs
+                raise SystemExit(f"{name} was stopped after {reached} of {steps} steps: its figures are left out.")
             if "fox-acp" not in self.summary["errors"] and arm == "fox-acp" and seed == 0:
                 self.save_gates(out / "model")
             self.summary["runs"][name] = self.figures(out)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from . import checkpoint as ckpt
 from . import parallel, sharded
@@ -96,8 +97,9 @@ def train(
     check_trackers(recipe.tracking)
     accelerator = start_accelerator(recipe)
     with lock_output(out, accelerator.is_main_process):
-        run, rows = set_up(recipe, accelerator, out, list(arguments))
-        first, data_state = resume(run, allow_recipe_change)
+        with one_error_for_a_lost_process(accelerator, lambda: _STARTING):
+            run, rows = set_up(recipe, accelerator, out, list(arguments))
+            first, data_state = resume(run, allow_recipe_change)
         if run.pruner is not None:
             run.pruner.attach(*run.optimizers)
         if first >= recipe.schedule.steps and (out / "model" / "config.json").is_file():
@@ -111,7 +113,7 @@ def train(
         run.progress = Progress(recipe.schedule.steps, first, enabled=run.is_main)
         batches = Batches(rows, run.plan, run.device, data_state, workers=recipe.data.workers)
         try:
-            with one_error_for_a_lost_process(run):
+            with one_error_for_a_lost_process(accelerator, lambda: newest_checkpoint(run)):
                 last = train_to_the_end(run, batches, first)
                 run.checkpoints.wait()
             return last
@@ -127,21 +129,23 @@ def train(
 
 
 @contextlib.contextmanager
-def one_error_for_a_lost_process(run: Run):
-    """Turn what gloo and NCCL say when another process is gone into one line."""
+def one_error_for_a_lost_process(accelerator: Accelerator, state: Callable[[], str]):
+    """Turn what gloo and NCCL say when another process is gone into one line; `state` says what is not lost."""
     try:
         yield
     except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        collective = isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in _LOST)
-        if run.accelerator.num_processes == 1 or not collective:
+        said = next((words for words in _LOST if words in str(error)), None)
+        if said is None and isinstance(error, torch.distributed.DistError):
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if accelerator.num_processes == 1 or said is None:
             raise
         raise UserError(
-            f"another process of this run is gone ({lines[0] if lines else type(error).__name__}). "
-            f"{newest_checkpoint(run)}; the same command, on any number of processes, goes on from there."
+            f"another process of this run is gone ({said}). {state()}; the same command, on any number of processes, "
+            "goes on from there."
         ) from error
 
 
+_STARTING = "No step was done since the newest checkpoint, if there is one"
 # gloo raises a plain RuntimeError.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
