@@ -197,6 +197,20 @@ def test_matches_the_definition(shape, cuts, poisoned_memory):
     assert_as_accurate_as_torch(got, forgetting_attention_reference(q, k, v, gates), exact)
 
 
+@pytest.mark.parametrize("multiple", [64, 512])
+def test_chunks_as_a_gpu_gathers_them(multiple, monkeypatch, poisoned_memory):
+    """All heads together, with hidden keys before their own, and before the sequence."""
+    monkeypatch.setattr("fox_kernels.paged_attention._ways_to_gather", lambda device: (0.0, multiple))
+    q, k, v, gates = inputs_of(heads=4, kv_heads=2, batch=3)
+    cache, start = new_cache(q, k, 3.0, log_tolerance=-30.0), torch.tensor([0, 37, 0])
+    cache.key_start = start.int()
+    got, _ = run(cache, q, k, v, gates, [33, 1, 15, 50, 101, 100])
+    options = {"key_start": start}
+    exact = forgetting_attention_reference(q.double(), k.double(), v.double(), gates, **options)
+    assert_as_accurate_as_torch(got, forgetting_attention_reference(q, k, v, gates, **options), exact)
+    assert int(cache.first_key.max()) > 0
+
+
 @pytest.mark.parametrize("cuts", [[1] * 300, [100, 50, 1, 1, 48, 100]], ids=["steps", "chunks"])
 def test_nothing_is_read_that_was_given_back(cuts):
     q, k, v, gates = inputs_of(heads=4, kv_heads=2)

@@ -35,6 +35,8 @@ import torch
 from _common import ROOT, commit
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
+from fox_kernels.paged_attention import LARGEST_GATHER
+
 sys.path.insert(0, str(ROOT))
 from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, FusedStep, GraphedStep
 
@@ -311,10 +313,13 @@ def part_prompt(fox, options, rows):
     seconds = time.perf_counter() - begin
     report = cache.report()
     peak = torch.cuda.max_memory_allocated() - others if options.device == "cuda" else 0
-    # The gathered keys of the heads that are attended to together, beside the pages they come from.
+    # Gathered for the heads that are attended to together: their keys and values beside the new ones, and one of both
+    # a second time.
     config = fox.config
-    longest = int(report.live_keys.max()) + options.chunk
-    gathered = 4 * longest * config.head_dim * fox.dtype.itemsize
+    row = config.head_dim * fox.dtype.itemsize
+    longest = int(report.live_keys.max())
+    together = max(1, min(config.num_key_value_heads, LARGEST_GATHER // (2 * row * longest)))
+    gathered = 3 * together * (longest + options.chunk) * row
     # Or, when the pool grows, its keys a second time.
     (store,) = cache.pages.stores.values()
     growing = store.keys.numel() * store.keys.element_size()

@@ -19,10 +19,13 @@ except ImportError:  # no Triton: `_require_triton` gives the reason
 
 # Bytes of keys and values that a chunk of a prompt may gather at a time, beyond those of a single head.
 LARGEST_GATHER = 2**28
-# Heads are put together while the shortest has at least this part of the keys of the longest.
+# On a CPU heads are put together while the shortest has at least this part of the keys of the longest; up to so many
+# keys are alike: a call more takes longer. On a GPU a call takes as long as copying a gigabyte.
 SIMILAR = 0.75
-# On a CPU up to so many keys are alike: a call more takes longer.
 SHORT = 512
+# Keys that a GPU gathers in front of a chunk are a multiple of these where pages allow: Triton compiles a kernel for
+# numbers that 16 divides and one for others, and blocks of 128 keys are such a number.
+GATHER_BLOCK = 2048
 
 
 def paged_attention(
@@ -126,31 +129,37 @@ def _live(cache, layer, num_keys):
     return lengths, hidden
 
 
-def _alike(lengths: list[int], least: int, most: int):
+def _alike(lengths: list[int], least: int, most: int, similar: float = SIMILAR):
     """Indices put together by similar length, below `least` all alike; `most` keys in all, or one index alone."""
     together: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if together:
             longest = lengths[together[0]]
-            if max(lengths[i], least) < SIMILAR * longest or (len(together) + 1) * longest > most:
+            if max(lengths[i], least) < similar * longest or (len(together) + 1) * longest > most:
                 yield together
                 together = []
         together.append(i)
     yield together
 
 
+def _ways_to_gather(device):
+    """Least part of the longest that the shortest head has, and of what the number of keys is a multiple."""
+    return (0.0, GATHER_BLOCK) if device.type == "cuda" else (SIMILAR, 1)
+
+
 class _Gathered:
     """Pages of the live keys of some heads side by side, as many of each as the longest has; the newest last.
 
     Attributes:
-        begin: First key of the longest.
+        begin: First key of the longest; before it, where their number is rounded up, even before the sequence.
         index: Which heads, of `(B * H_kv)`.
         num_hidden: Of each head, the keys from `begin` on that are hidden or not there any more.
     """
 
-    def __init__(self, cache, layer, heads, lengths, hidden, num_keys):
+    def __init__(self, cache, layer, heads, lengths, hidden, num_keys, multiple=1):
         size, device = cache.page_size, cache.device
         longest = lengths[heads[0]]
+        longest += -longest % multiple // size * size
         self.begin = num_keys - longest
         table = cache.table[layer].flatten(0, 1)
         page = torch.arange(self.begin // size, -(-num_keys // size), device=device) % table.shape[-1]
@@ -168,10 +177,9 @@ class _Gathered:
         self.first = torch.tensor(self.num_hidden, device=device)[:, None, None] if any(self.num_hidden) else None
         self.starts = cache.starts[at].double().sum(dim=2)  # (heads, pages, G)
 
-    def keys_and_values(self, num_keys):
-        """`(heads, S, D)` each."""
-        pools = (self.cache.keys, self.cache.values)
-        return (pool[self.at].flatten(1, 2)[:, : num_keys - self.begin] for pool in pools)
+    def rows(self, pool, num_keys):
+        """`(heads, S, D)` of the keys or values of the cache."""
+        return pool[self.at].flatten(1, 2)[:, : num_keys - self.begin]
 
     def decay(self, lam, num_keys):
         """How far the keys have decayed at queries of `lam (heads, G, T)` bits: `(heads, G, T, S)` float32 nats."""
@@ -210,7 +218,7 @@ def _step_on_cpu(q, cache, layer, scale) -> torch.Tensor:
     found = _looked_up(cache, layer)
     out = None if len(found) == 1 else torch.empty_like(rows)
     for live in found:
-        k, v = live.keys_and_values(num_keys)
+        k, v = (live.rows(pool, num_keys) for pool in (cache.keys, cache.values))
         at_queries = lam[live.index] if num_queries == 1 else live.lam(num_keys)[..., -num_queries:]
         decay = live.decay(at_queries, num_keys)
         if num_queries > 1 or live.first is not None:
@@ -239,28 +247,30 @@ def _chunk(q, k, v, log_fgate, cache, layer, scale) -> torch.Tensor:
     new_keys, new_values = k.flatten(0, 1), v.flatten(0, 1)
     gates = log_fgate.clamp(min=LOWEST_GATE).unflatten(1, (-1, groups)).flatten(0, 1)
     bound = cache.logit_bound[layer].float().view(-1, groups).repeat(cache.batch, 1)
+    is_bounded, (similar, multiple) = cache.is_bounded[layer], _ways_to_gather(q.device)
+    most = LARGEST_GATHER // (2 * cache.head_dim * cache.keys.element_size())
     out = torch.empty_like(rows)
-    for heads in _alike(lengths, 0, LARGEST_GATHER // (2 * cache.head_dim * cache.keys.element_size())):
-        live = _Gathered(cache, layer, heads, lengths, hidden, num_before)
-        old_keys, old_values = live.keys_and_values(num_before)
+    for heads in _alike(lengths, 0, most, similar):
+        live = _Gathered(cache, layer, heads, lengths, hidden, num_before, multiple)
         key_start = torch.tensor(live.num_hidden, device=q.device, dtype=torch.int32)
         lam = live.lam(num_before)
         before = lam.diff(dim=-1, prepend=lam[..., :1]).mul_(1.0 / LOG2_E).float()
         longest = lam.shape[-1]
         position = torch.arange(longest, device=q.device)
         before.masked_fill_((position <= key_start[:, None])[:, None], 0.0)
-        # The paper's rule counts all keys of a row, the dropped ones too: then both together stay below eps.
-        tolerance = cache.log_tolerance - math.log((num_before + num_new) / (longest + num_new))
-        is_bounded = cache.is_bounded[layer]
+        # The paper's rule counts all keys of a row, the dropped ones too: then both together stay below eps. The
+        # tight rule would add the mass of those that are there to that of the dropped ones.
+        tolerance = cache.log_tolerance - max(math.log((num_before + num_new) / (longest + num_new)), 0.0)
         out[live.index] = forgetting_attention(
             rows[live.index],
-            torch.cat((old_keys, new_keys[live.index]), dim=1)[:, None],
-            torch.cat((old_values, new_values[live.index]), dim=1)[:, None],
+            torch.cat((live.rows(cache.keys, num_before), new_keys[live.index]), dim=1)[:, None],
+            torch.cat((live.rows(cache.values, num_before), new_values[live.index]), dim=1)[:, None],
             torch.cat((before, gates[live.index]), dim=-1),
             scale=scale,
             log_pruning_tolerance=tolerance if is_bounded else None,
+            pruning_rule="paper",
             logit_bound=bound[live.index] if is_bounded else None,
-            key_start=key_start if any(live.num_hidden) else None,
+            key_start=key_start if multiple > 1 or any(live.num_hidden) else None,
         )
     return out.view(q.shape)
 
