@@ -263,5 +263,19 @@ def test_the_first_evaluated_episode_is_filmed(tmp_path):
     pytest.importorskip("moviepy")
     pytest.importorskip("pygame")
     agent = pqn.Agent(pqn_options())
-    assert len(agent.evaluate(2, video_dir=str(tmp_path))) == 2
-    assert [path.suffix for path in tmp_path.iterdir()] == [".mp4"]
+    assert len(agent.evaluate(2, video_dir=str(tmp_path / "film"))) == 2
+    assert [path.suffix for path in (tmp_path / "film").iterdir()] == [".mp4"]
+
+
+def test_of_atari_what_the_policy_sees_is_filmed(tmp_path):
+    pytest.importorskip("ale_py")
+    moviepy = pytest.importorskip("moviepy")
+    seen = []
+    common.play(
+        lambda x, _: seen.append(x[0, -1].copy()) or np.ones(1, int), "ALE/Pong-v5", 1, video_dir=str(tmp_path)
+    )
+    (path,) = tmp_path.iterdir()
+    film = moviepy.VideoFileClip(str(path))
+    assert film.size == [336, 336] and abs(film.duration * 15 - len(seen)) <= 1
+    np.testing.assert_allclose(film.get_frame(50.5 / 15)[2::4, 2::4].mean(-1), seen[50], atol=24)  # compressed
+    film.close()

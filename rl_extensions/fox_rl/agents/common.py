@@ -163,14 +163,13 @@ def play(
         env_id: See `make_environments`.
         episodes: How many.
         seed: Of the environment.
-        video_dir: Folder for a film of the first episode.
+        video_dir: Folder for a film of the first episode; of Atari, whose C++ environments do not render, what the
+            policy sees.
     """
     options: dict[str, Any] = {"evaluation": True}
-    if video_dir and env_id.startswith("ALE/"):
-        raise ValueError(
-            f"video_dir must be empty for {env_id}, whose C++ environments do not render; got {video_dir}."
-        )
-    if video_dir:
+    films_pixels = bool(video_dir) and env_id.startswith("ALE/")
+    frames: list[np.ndarray] = []
+    if video_dir and not films_pixels:
         options |= {
             "render_mode": "rgb_array",
             "wrappers": [lambda env: gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda i: i == 0)],
@@ -178,6 +177,8 @@ def play(
     envs, returns = make_environments(env_id, 1, **options), []
     observation, total, is_first = envs.reset(seed=seed)[0], 0.0, np.ones(1, dtype=bool)
     while len(returns) < episodes:
+        if films_pixels and not returns:
+            frames.append(observation[0, -1].copy())
         observation, reward, terminated, truncated, _ = envs.step(act(observation, is_first))
         total += float(reward[0])
         is_first = np.asarray(terminated | truncated)
@@ -185,7 +186,17 @@ def play(
             returns.append(total)
             total = 0.0
     envs.close()
+    if frames:
+        film(frames, Path(video_dir))
     return returns
+
+
+def film(frames: list[np.ndarray], folder: Path, scale: int = 4) -> None:
+    """Write grey frames `(H, W)` uint8 of every fourth sixtieth of a second to rl-video-episode-0.mp4, enlarged."""
+    from gymnasium.utils.save_video import save_video
+
+    pictures = [np.repeat(x.repeat(scale, 0).repeat(scale, 1)[..., None], 3, axis=-1) for x in frames]
+    save_video(pictures, str(folder), episode_trigger=lambda _: True, fps=15)
 
 
 def true_following(following: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> np.ndarray:
