@@ -28,9 +28,9 @@ from . import attention_fox
 from .cache_fox import FoxDynamicLayer
 
 try:
-    from fox_kernels import paged, paged_attention
+    from fox_kernels import paged, paged_attention, paged_step
 except ImportError:
-    paged = paged_attention = None
+    paged = paged_attention = paged_step = None
 
 STALE = (
     "`past_key_values` must be computed with the present weights; they were updated since. Build a new cache, and "
@@ -39,20 +39,20 @@ STALE = (
 
 
 def operators():
-    """The modules `paged` and `paged_attention` of fox_kernels, or of the kernel of the Hub that stands for it.
+    """`paged`, `paged_attention` and `paged_step` of fox_kernels, or of the kernel of the Hub in its place.
 
     Raises:
         ImportError: If there is neither.
     """
     if paged is not None:
-        return paged, paged_attention
+        return paged, paged_attention, paged_step
     if attention_fox.hub_kernel is None:
         raise ImportError(
             "An evicting cache needs the package fox_kernels, which is not installed. Run "
             "`pip install 'fox-transformers[kernels]'`, or use DynamicCache(config=model.config)."
         )
     package = attention_fox.forgetting_attention.__module__.rpartition(".")[0]
-    return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention"))
+    return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention", "paged_step"))
 
 
 class CacheReport(NamedTuple):

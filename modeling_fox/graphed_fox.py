@@ -32,39 +32,43 @@ _numbers = itertools.count()
 
 
 @torch.library.custom_op("modeling_fox::attend_to_pages", mutates_args=())
-def attend_to_pages(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_fgate: torch.Tensor, number: int, layer: int, scale: float
-) -> torch.Tensor:
-    """Store one token and attend from it: `q (B, H, D)`, `k` and `v (B, H_kv, D)`, `log_fgate (B, H)`; like `q`.
+def attend_to_pages(parts: torch.Tensor, heads: int, dim: int, number: int, layer: int) -> torch.Tensor:
+    """Attention of one token, `(B, heads, dim)`, from the products of its layer, see `LayerWeights`.
 
-    The pages, which it writes to, are not an argument: they are those of the call of step `number` that is running.
-    So a compiled step knows nothing of their sizes and keeps no copy.
+    The pages and the tokens before the shift, which it writes to, are no arguments: they are those of the cache that
+    step `number` is called with. So a compiled step knows nothing of their sizes and keeps no copy.
     """
-    store = _steps[number].store
-    new = [x.unsqueeze(2) for x in (q, k, v, log_fgate)]
-    return operators()[1].paged_attention(*new, store, layer, scale=scale).view(q.shape)
+    step = _steps[number]
+    weights, kept = step.layers[layer], step.cache.layers[layer]
+    (store,) = step.cache.pages.stores.values()
+    return operators()[2].paged_step(
+        parts, store, layer, weights.columns, past_key=kept.shift_keys, past_value=kept.shift_values,
+        q_norm=weights.q_norm, k_norm=weights.k_norm, gate_bias=weights.fgate_bias, eps=step.config.qk_norm_eps,
+        scale=step.scaling,
+    )  # fmt: skip
 
 
 @attend_to_pages.register_fake
-def _(q, k, v, log_fgate, number, layer, scale):
-    return q.new_empty(q.shape)
+def _(parts, heads, dim, number, layer):
+    return parts.new_empty(len(parts), heads, dim)
 
 
 class LayerWeights(NamedTuple):
     """Weights of one layer; what meets the same input is one matrix.
 
     Attributes:
-        inputs: `(n, E)`: queries, keys, values, output gate, logits of the key shift, the value shift and the forget
-            gate, in this order, `widths` of them, those that the model has not 0; then rows of zeros.
-        fgate: Weight of the forget gate where it is of another dtype than the others, else None.
+        inputs: `(N, E)`: queries, keys, values, logits of the key shift, of the value shift and of the forget gates,
+            output gate, those that there are; then rows of zeros.
+        columns: Where each of the first six starts, None for what there is not.
+        ogate: Where the output gate is, or None.
         fgate_bias: `(H,)` fp32, or None without forget gates.
         mlp: `(2 F, E)`: gate and up.
     """
 
-    widths: tuple[int, ...]
     inputs: torch.Tensor
+    columns: tuple[int | None, ...]
+    ogate: slice | None
     outputs: torch.Tensor
-    fgate: torch.Tensor | None
     fgate_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
@@ -79,7 +83,7 @@ class LayerWeights(NamedTuple):
     def of(cls, layer: nn.Module):
         """Those of a FoxDecoderLayer. Matrices that are put together are copied, the others are the model's own."""
         attention, mlp = layer.self_attn, layer.mlp
-        names = ("q_proj", "k_proj", "v_proj", "ogate_proj", "k_shift_proj", "v_shift_proj", "fgate_proj")
+        names = ("q_proj", "k_proj", "v_proj", "k_shift_proj", "v_shift_proj", "fgate_proj", "ogate_proj")
         parts = [getattr(attention, name) for name in names]
         for part in (*parts, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             # By name: the forget gate, a class of its own, may be of code from the Hub.
@@ -88,19 +92,28 @@ class LayerWeights(NamedTuple):
                     f"`model` must have plain linear layers for a fused step; got a {type(part).__name__}. Merge "
                     "adapters first, and leave quantized models to `model` itself."
                 )
-        fgate = attention.fgate_proj
-        bias = attention.fgate_bias if fgate is None else fgate.bias
-        is_apart = fgate is not None and fgate.weight.dtype != attention.q_proj.weight.dtype
-        parts[-1] = None if is_apart else fgate
-        widths = [0 if part is None else part.weight.shape[0] for part in parts]
-        weights = [part.weight for part in parts if part is not None]
-        padding = attention.q_proj.weight.new_zeros(-sum(widths) % ALIGNED, attention.q_proj.weight.shape[1])
+        dtypes = {part.weight.dtype for part in parts if part is not None}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"`model` must be of one dtype for a fused step; got {sorted(map(str, dtypes))}. FoX keeps its gates "
+                "in float32 beside float16: load it in bfloat16."
+            )
+        # Wide ones first, so that they start at multiples of 16 bytes.
+        order = sorted(range(len(parts)), key=lambda i: i in (3, 4, 5))
+        columns, weights, begin = [None] * len(parts), [], 0
+        for i in order:
+            if parts[i] is not None:
+                weights.append(parts[i].weight)
+                columns[i], begin = begin, begin + len(parts[i].weight)
+        padding = weights[0].new_zeros(-begin % ALIGNED, weights[0].shape[1])
+        ogate = columns.pop()
+        bias = attention.fgate_bias if attention.fgate_proj is None else attention.fgate_proj.bias
         norms = [getattr(attention, name) for name in ("q_norm", "k_norm", "output_norm")]
         return cls(
-            (*widths, len(padding)),
             torch.cat([*weights, padding]).detach(),
+            tuple(columns),
+            None if ogate is None else slice(ogate, ogate + len(attention.ogate_proj.weight)),
             attention.o_proj.weight.detach(),
-            fgate.weight.detach() if is_apart else None,
             None if bias is None else bias.detach().float(),
             *(None if norm is None else norm.weight.detach() for norm in norms),
             layer.input_layernorm.weight.detach(),
@@ -109,23 +122,6 @@ class LayerWeights(NamedTuple):
             mlp.down_proj.weight.detach(),
             None if layer.skip_scale is None else layer.skip_scale.detach(),
         )
-
-
-def head_norm(states, weight, eps):
-    """As `FoxHeadRMSNorm`, of `(B, heads, D)`; as it is without a weight."""
-    if weight is None:
-        return states
-    return torch.rms_norm(states, states.shape[-1:], None, eps) * weight.to(states.dtype)
-
-
-def shifted(own, logits, past):
-    """Mix `own (B, H_kv, D)` with that of the token before, which `past (B, 1, H_kv, D)` remembers and is given it."""
-    if past is None:
-        return own
-    weight = logits.float().sigmoid().unsqueeze(-1)
-    mixed = torch.lerp(own.float(), past[:, 0].float(), weight).to(own.dtype)
-    past.copy_(own[:, None])
-    return mixed
 
 
 class FusedStep:
@@ -151,7 +147,7 @@ class FusedStep:
                 f"{sorted({str(x.device) for x in model.parameters()})}, use_rope={self.config.use_rope}. Call the "
                 "model itself."
             )
-        self.number, self.store = next(_numbers), None
+        self.number, self.cache = next(_numbers), None
         _steps[self.number] = self
         base = model.model
         self._parameters = [(weakref.ref(x), x._version) for x in model.parameters() if not x.is_inference()]
@@ -180,12 +176,11 @@ class FusedStep:
                 f"{cache.layers[0].record_past}. Call the model itself."
             )
         cache.check_weights()
-        (self.store,) = cache.pages.stores.values()
-        shifts = [(layer.shift_keys, layer.shift_values) for layer in cache.layers]
+        self.cache = cache
         try:
-            return self._function(len(input_ids))(self, input_ids, shifts)
+            return self._function(len(input_ids))(self, input_ids)
         finally:
-            self.store = None
+            self.cache = None
 
     def _function(self, batch):
         if not self.compile:
@@ -196,35 +191,26 @@ class FusedStep:
             self._compiled[batch] = torch.compile(own, fullgraph=True, dynamic=False)
         return self._compiled[batch]
 
-    def attend(self, idx: int, weights: LayerWeights, states: torch.Tensor, shifts) -> torch.Tensor:
+    def attend(self, idx: int, weights: LayerWeights, states: torch.Tensor) -> torch.Tensor:
         """Attention of layer `idx`, `(B, E)` to `(B, E)`."""
-        dim, eps = self.config.head_dim, self.config.qk_norm_eps
-        parts = F.linear(states, weights.inputs).split(weights.widths, dim=-1)
-        query, key, value, ogate = (x.unflatten(-1, (-1, dim)) if x.shape[-1] else None for x in parts[:4])
-        key, value = shifted(key, parts[4], shifts[0]), shifted(value, parts[5], shifts[1])
-        query, key = head_norm(query, weights.q_norm, eps), head_norm(key, weights.k_norm, eps)
-        if weights.fgate_bias is None:
-            gate = torch.zeros(query.shape[:2], device=query.device)
-        else:
-            logits = parts[6]
-            if weights.fgate is not None:
-                logits = F.linear(states.to(weights.fgate.dtype), weights.fgate)
-            gate = weights.fgate_bias.expand(query.shape[:2])
-            gate = F.logsigmoid(gate + logits.float() if logits.shape[-1] else gate)
-        out = attend_to_pages(query, key, value, gate, self.number, idx, self.scaling)
-        out = head_norm(out, weights.output_norm, self.config.rms_norm_eps)
-        if ogate is not None:
-            out = out * self.ogate_act(ogate)
-        return F.linear(out.flatten(1), weights.outputs)
+        config = self.config
+        parts = F.linear(states, weights.inputs)
+        out = attend_to_pages(parts, config.num_attention_heads, config.head_dim, self.number, idx)
+        if weights.output_norm is not None:
+            out = torch.rms_norm(out, out.shape[-1:], None, config.rms_norm_eps) * weights.output_norm
+        out = out.flatten(1)
+        if weights.ogate is not None:
+            out = out * self.ogate_act(parts[:, weights.ogate])
+        return F.linear(out, weights.outputs)
 
 
-def _logits(self: FusedStep, input_ids, shifts):
+def _logits(self: FusedStep, input_ids):
     """`(B, 1, V)`; a function of its own for the sake of `FusedStep._function`."""
     eps = self.config.rms_norm_eps
     hidden = embeddings = F.embedding(input_ids[:, 0], self.embeddings)
     for idx, weights in enumerate(self.layers):
         states = torch.rms_norm(hidden, hidden.shape[-1:], weights.before, eps)
-        hidden = hidden + self.attend(idx, weights, states, shifts[idx])
+        hidden = hidden + self.attend(idx, weights, states)
         states = torch.rms_norm(hidden, hidden.shape[-1:], weights.after, eps)
         gate, up = F.linear(states, weights.mlp).chunk(2, dim=-1)
         hidden = hidden + F.linear(self.act_fn(gate) * up, weights.down)

@@ -19,7 +19,15 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fox_kernels import triton_backward, triton_decode, triton_forward, triton_gates, triton_paged, triton_pruning
+from fox_kernels import (
+    triton_backward,
+    triton_decode,
+    triton_forward,
+    triton_gates,
+    triton_paged,
+    triton_pruning,
+    triton_step,
+)
 from fox_kernels.decode import empty_sums
 from fox_kernels.gates import gate_sums
 from fox_kernels.launch import kernel_modules
@@ -113,6 +121,11 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned):
     length, start = pages.lengths[0], torch.zeros(1, dtype=torch.int32)
     triton_paged.append(k[:, :, :4], k[:, :, :4], gates[..., :4], *pool, pages.totals[0], table, length)
     triton_paged.forward(q[:, :, :4], *pool, table, pages.first_key[0], length, 1.0, start)
+    past, columns = torch.empty(1, 1, kv_heads, head_dim, dtype=dtype), (0, 1, 2, 3, 4, 5)
+    norms = [torch.empty(count, head_dim, dtype=dtype) for count in (heads, kv_heads)]
+    parts = torch.empty(1, 4 * heads * head_dim, dtype=dtype)
+    rest = (pages.totals[0], table, length)
+    triton_step.prepare(parts, columns, past, past, *norms, torch.empty(heads), 1e-6, *pool, *rest)
 
 
 def compile_launch(recorder, target):

@@ -33,6 +33,7 @@ from fox_kernels import (
 )
 from fox_kernels.paged import PagedKeys
 from fox_kernels.paged_attention import paged_attention
+from fox_kernels.paged_step import paged_step
 
 # name: dtype, batch, heads, key heads, queries, keys, head dim, options. No length is a multiple of 16, so that the
 # cases of QUICK share their kernels, which take longer to compile than to run.
@@ -76,7 +77,7 @@ PAGED_CASES = {
 }
 QUICK = [
     "plain", "two-passes", "without-gluon", "window-closed-gates", "packed", "paper", "tight", "decode",
-    "decode-pruned", "decode-tight", "pages",
+    "decode-pruned", "decode-tight", "pages", "pages-float32",
 ]  # fmt: skip
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -151,7 +152,7 @@ def decode(name, where):
 
 
 def pages(name, where):
-    """A chunk of a prompt, then three steps."""
+    """A chunk of a prompt, then three steps; those of one token from a row of products, the last time."""
     *sizes, _ = PAGED_CASES[name]
     q, k, v, gates = tensors(*sizes, where)
     steps, keys = q.shape[2], k.shape[2]
@@ -162,7 +163,13 @@ def pages(name, where):
     expected = forgetting_attention_reference(*copies((q, k, v, gates)))
     for begin, end in ((0, keys - 3 * steps), *((keys - i * steps, keys - (i - 1) * steps) for i in (3, 2, 1))):
         part = slice(begin, end)
-        got = paged_attention(q[:, :, part], k[:, :, part], v[:, :, part], gates[..., part], cache, 0)
+        if steps == 1 and end == keys:
+            logits = gates[..., -1] - (-gates[..., -1].expm1()).log()  # of which the sigmoid is the gate
+            row = torch.cat([*(x[:, :, -1].flatten(1) for x in (q, k, v)), logits.to(q)], dim=1)
+            ends = [0, *torch.tensor([heads * dim, *[k.shape[1] * dim] * 2]).cumsum(0).tolist()]
+            got = paged_step(row, cache, 0, (*ends[:3], None, None, ends[3]))[:, :, None]
+        else:
+            got = paged_attention(q[:, :, part], k[:, :, part], v[:, :, part], gates[..., part], cache, 0)
         close_enough(f"{name} {begin}", sizes[0], got, expected[:, :, part])
 
 

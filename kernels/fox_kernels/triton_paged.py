@@ -23,6 +23,7 @@ from .triton_slices import (
     Slices,
     add_tile,
     decode_tiles,
+    early,
     load_queries,
     load_rows,
     own_tiles,
@@ -220,6 +221,6 @@ def forward(
          *q.stride()[:3]),
         HAS_KEY_START=key_start is not None, PAGE=page_size, **slices.options,
         PRECISION=dot_precision(q.dtype), NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages, **registers(tiles),
+        num_stages=tiles.num_stages, **registers(tiles), **early(slices.options["OVERLAP"]),
     )  # fmt: skip
     return slices.combine(q, lowest, length, 0, num_kv_heads, HAS_FIRST=True, ON_DEVICE=True)
