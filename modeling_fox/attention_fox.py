@@ -451,8 +451,7 @@ def fox_acp_attention_forward(
 def decode_from_sums(module, query, key, value, key_start, scaling, cache_layer, num_keys) -> torch.Tensor:
     """`(B, T, H, D)` of a few queries, from the running sums in the cache.
 
-    By the paper's rule, whatever the config says: it alone needs no look at the keys. Nor can a bound be measured on
-    them, so that without QK-norm nothing is pruned.
+    Pruned by the rule of the config; without QK-norm not at all, as to measure a bound would take all keys.
     """
     tolerance = module.config.log_pruning_tolerance
     bound = None if tolerance is None else module.logit_bound(query.shape[1], query.dtype)
@@ -464,6 +463,7 @@ def decode_from_sums(module, query, key, value, key_start, scaling, cache_layer,
         num_keys=num_keys,
         scale=scaling,
         log_pruning_tolerance=None if bound is None else tolerance,
+        pruning_rule=module.config.pruning_rule,
         logit_bound=bound,
         key_start=key_start,
     )

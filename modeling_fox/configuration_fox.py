@@ -123,7 +123,7 @@ class FoxConfig(PreTrainedConfig):
             4.5e-5. `None` computes every block. Only `attn_implementation="fox_acp"` prunes.
         pruning_rule (`str`, *optional*, defaults to `"tight"`):
             How the blocks to skip are found. `"paper"` is the published threshold on the gates; `"tight"` adds up
-            what the blocks weigh, skips more and costs more to decide. Decoding always takes `"paper"`.
+            what the blocks weigh, skips more and costs more to decide.
 
     Raises:
         ValueError: If a value is out of range or two values contradict each other.

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from fox_kernels import decode as decode_module
 from fox_kernels.decode import forgetting_attention_decode
 from fox_kernels.gates import gate_sums
 from helpers import random_tokens, tiny_fox
@@ -360,5 +361,34 @@ def test_fox_acp_decodes_from_sums(tolerance, chunks, kind, monkeypatch):
     got = decode(model, tokens, mask, chunks, new_cache(kind, model, max_cache_len=100))
     assert len(calls) == 2 * sum(length <= 16 for length in chunks)
     assert all((call["logit_bound"] is None) == (tolerance is None) for call in calls)
+    assert {call["pruning_rule"] for call in calls} == {"tight"}
     difference = got - parallel(model, tokens, mask)
     assert difference[mask.bool()].abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_the_tight_rule_prunes_a_step_further_and_no_row_loses_more_than_eps(monkeypatch):
+    """What a step drops, against the weights of the definition in float64."""
+    monkeypatch.setattr(attention_fox, "ONE_QUERY_KEYS", 0)
+    find, found, length, begin = decode_module.first_decoded_key, [], 1300, 1200
+
+    def find_and_note(*args, **kwargs):
+        found.append(find(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(decode_module, "first_decoded_key", find_and_note)
+    times = {"fgate_decay_time_min": 8.0, "fgate_decay_time_max": 40.0, "num_hidden_layers": 1}
+    model = tiny_fox(attn_implementation="fox_acp", log_pruning_tolerance=-8.0, **times)
+    tokens, dropped = random_tokens(1, length), {}
+    for rule in ("paper", "tight"):
+        model.config.pruning_rule = rule
+        cache = DynamicCache(config=model.config)
+        for piece in tokens.split([begin, *[1] * (length - begin)], dim=1):
+            model(piece, past_key_values=cache, use_cache=True)
+        dropped[rule] = torch.cat(found, dim=-1)[0]  # (H, steps)
+        found.clear()
+    assert (dropped["tight"] >= dropped["paper"]).all() and (dropped["tight"] > dropped["paper"]).any()
+    model.double().set_attn_implementation("eager")
+    weights = model(tokens, use_cache=False, output_attentions=True).attentions[0][0][:, begin:]
+    lost = (weights * (torch.arange(length) < dropped["tight"][..., None])).sum(-1)
+    assert 0 < float(lost.max()) <= math.exp(-8.0)
