@@ -80,7 +80,7 @@ def test_stops_are_reported_with_what_they_saved_and_against_their_control(tmp_p
     rows = table("eval_return", {
         "none": [[(10, 1.0), (20, 5.0)] for _ in seeds],
         "least": [[(10, 6.0 + 0.1 * i), (20, 9.0 + 0.1 * i)] for i in seeds],
-        "random": [[(10, 4.0), (20, 7.0 + 0.1 * i)] for i in seeds],
+        "random": [[(10, 4.0), (20, (4.0 if i == 4 else 7.0) + 0.1 * i)] for i in seeds],
     })  # fmt: skip
     for metric, values in {
         "episode_length": (1000, 400, 420), "num_stopped": (0, 30, 33), "saved_steps": (0, 1234, 1100)
@@ -90,10 +90,11 @@ def test_stops_are_reported_with_what_they_saved_and_against_their_control(tmp_p
     for row in rows:
         row["experiment"] = "early-stop-ant"
     text = reports.write_report(rows, ["early-stop-ant"], tmp_path)
-    assert "Steps to the final return of `none`, 5:" in text and "- least: 10, 10, 10, 10, 10" in text
-    assert "- random: 20, 20, 20, 20, 20" in text
+    assert "Steps to the final return of `none`, 5, " in text
+    assert "- least: 10 (10 to 10): 10, 10, 10, 10, 10\n" in text
+    assert "- random: 20 (20 to 20): 20, 20, 20, 20, never; never counts as 20, so the mean is a lower bound" in text
     assert "| least | 400 | 30 | 1234 |" in text and "| random | 420 | 33 | 1100 |" in text
-    assert "Better than the control: difference of the interquartile means 2.000" in text
+    assert "Better than the control: difference of the interquartile means 2.100" in text
 
 
 def test_the_plans_are_what_results_describe():

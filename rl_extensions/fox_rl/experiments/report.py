@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fox_rl.evaluation import beats_control, compare, interquartile_mean
+from fox_rl.evaluation import beats_control, bootstrap_interval, compare, interquartile_mean
 from fox_rl.experiments.jobs import EXPERIMENTS
 
 Rows = list[dict[str, str]]
@@ -81,9 +81,14 @@ def early_stop_lines(rows: Rows, scores: dict[str, np.ndarray]) -> list[str]:
         scores: `last_scores` of eval_return.
     """
     goal = interquartile_mean(scores["none"])
-    lines = [f"\nSteps to the final return of `none`, {goal:.0f}:"]
-    reached = steps_to_reach(rows, "eval_return", goal)
-    lines += [f"- {arm}: " + ", ".join(f"{x:.0f}" for x in steps) for arm, steps in reached.items()]
+    lines = [f"\nSteps to the final return of `none`, {goal:.0f}, interquartile mean, 95 % interval and every run:"]
+    last = max(float(row["step"]) for row in rows if row["metric"] == "eval_return")
+    for arm, steps in steps_to_reach(rows, "eval_return", goal).items():
+        counted, never = np.minimum(steps, last)[:, None], int(np.isinf(steps).sum())
+        low, high = bootstrap_interval(interquartile_mean, counted)
+        each = ", ".join("never" if np.isinf(x) else f"{x:.0f}" for x in steps)
+        late = f"; never counts as {last:.0f}, so the mean is a lower bound" if never else ""
+        lines.append(f"- {arm}: {interquartile_mean(counted):.0f} ({low:.0f} to {high:.0f}): {each}{late}")
     lines += ["", "| arm | mean episode length | episodes stopped | steps saved |", "| --- | --- | --- | --- |"]
     lengths, stopped, saved = (last_scores(rows, x) for x in ("episode_length", "num_stopped", "saved_steps"))
     for arm in scores:
