@@ -22,7 +22,8 @@ from .eviction_fox import FoxEvictingCache, operators
 
 # What a CUDA graph of a step has the addresses of.
 READ_BY_A_STEP = (
-    "keys", "values", "within", "starts", "totals", "table", "first_key", "lengths", "key_start",
+    "keys", "values", "within", "starts", "totals", "table", "first_key", "lengths", "key_start", "evicted",
+    "evicted_at",
 )  # fmt: skip
 # Rows of a product start at multiples of 16 bytes.
 ALIGNED = 64
@@ -261,6 +262,7 @@ class GraphedStep:
         tensors = [getattr(store, name) for name in READ_BY_A_STEP]
         tensors += [x for layer in self.cache.layers for x in (layer.shift_keys, layer.shift_values)]
         addresses = [None if x is None else x.data_ptr() for x in tensors]
+        addresses += [operators()[1].skips_in_steps(store, layer) for layer in range(store.num_layers)]
         if self.graph is None or addresses != self._addresses:
             lengths = list(store.num_keys)
             self.graph = torch.cuda.CUDAGraph()

@@ -121,6 +121,8 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned):
     length, start = pages.lengths[0], torch.zeros(1, dtype=torch.int32)
     triton_paged.append(k[:, :, :4], k[:, :, :4], gates[..., :4], *pool, pages.totals[0], table, length)
     triton_paged.forward(q[:, :, :4], *pool, table, pages.first_key[0], length, 1.0, start)
+    found = (pages.logit_bound[0], pages.evicted[0], pages.evicted_at[0], -10.0)
+    triton_paged.plan(q[:, :, :4], pool[0], *pool[2:], table, pages.first_key[0], length, 1.0, start, *found)
     past, columns = torch.empty(1, 1, kv_heads, head_dim, dtype=dtype), (0, 1, 2, 3, 4, 5)
     norms = [torch.empty(count, head_dim, dtype=dtype) for count in (heads, kv_heads)]
     parts = torch.empty(1, 4 * heads * head_dim, dtype=dtype)

@@ -106,6 +106,7 @@ def test_says_what_a_fused_step_cannot_do():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("kind", ["eager", "fused", "compiled"])
 def test_gpu_replayed_steps_give_the_logits_of_the_model(kind):
     def make(model, cache):

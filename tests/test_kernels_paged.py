@@ -384,7 +384,9 @@ def test_the_kernels_do_what_the_cpu_does(shape, path, poisoned_memory):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 32, 256])
-def test_gpu_steps_replay_as_a_cuda_graph(batch):
+@pytest.mark.parametrize("worth", [0, 2**60], ids=["skipping", "all"])
+def test_gpu_steps_replay_as_a_cuda_graph(batch, worth, monkeypatch):
+    monkeypatch.setattr("fox_kernels.paged_attention.WORTH_A_PLAN", worth)
     q, k, v, gates = inputs_of(heads=4, kv_heads=2, batch=batch, length=400, dtype=torch.bfloat16, device="cuda")
     plain, graphed = (new_cache(q, k, 3.0, page_size=64) for _ in range(2))
     for cache in (plain, graphed):
@@ -410,7 +412,9 @@ def test_gpu_steps_replay_as_a_cuda_graph(batch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
-def test_gpu_chunks_and_steps_lose_at_most_eps(dtype):
+@pytest.mark.parametrize("worth", [0, 2**60], ids=["skipping", "all"])
+def test_gpu_chunks_and_steps_lose_at_most_eps(dtype, worth, monkeypatch):
+    monkeypatch.setattr("fox_kernels.paged_attention.WORTH_A_PLAN", worth)
     length, bound, tolerance = 3000, 3.0, -8.0
     gates = gates_of("random", 1, 4, length)
     q, k = (x.to(dtype) for x in scores_of("random", 1, 4, 2, length, 64, bound))
@@ -471,3 +475,58 @@ def test_a_device_without_room_is_named(monkeypatch):
     got, _ = run(cache, *(x[:, :, 64:] for x in (q, k, v, gates)), [1] * 136)
     exact = forgetting_attention_reference(q.double(), k.double(), v.double(), gates)[:, :, 64:]
     assert float((got - exact).abs().max()) < 3e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("scores", ["random", "worst"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(dict(heads=3, kv_heads=3), id="plain"),
+        pytest.param(dict(heads=4, kv_heads=2, queries=3, padded=True), id="grouped-padded"),
+    ],
+)
+def test_what_a_step_skips_and_what_was_dropped_stay_below_eps_together(shape, scores, path, poisoned_memory):
+    from fox_kernels import triton_paged
+
+    heads, kv_heads, queries = shape["heads"], shape["kv_heads"], shape.get("queries", 1)
+    length, bound, tolerance, device = 500, 1.5, -4.0, "cuda" if path == "cuda" else "cpu"
+    gates = gates_of("random", 2, heads, length) * 0.3
+    q, k = scores_of(scores, 2, heads, kv_heads, length, 16, bound)
+    if device == "cuda":  # the interpreter multiplies no bfloat16
+        q, k = q.bfloat16(), k.bfloat16()
+    cache = new_cache(q, k, bound * 1.01, log_tolerance=tolerance)
+    start = torch.tensor([0, 77 if shape.get("padded") else 0])
+    cache.key_start = start.int()
+    run(cache, *(x[:, :, : length - queries] for x in (q, k, k, gates)), [300, 100] + [1] * (100 - queries))
+    paged_attention(*(x[:, :, length - queries :] for x in (q, k, k, gates)), cache, 0)
+    found = triton_paged.plan(
+        q[:, :, length - queries :].to(device),
+        *(x.to(device) for x in (cache.keys, cache.within, cache.starts, cache.table[0], cache.first_key[0])),
+        cache.lengths[0].to(device), 16**-0.5, cache.key_start.to(device), cache.logit_bound[0].to(device),
+        cache.evicted[0].to(device), cache.evicted_at[0].to(device), tolerance,
+    ).cpu()  # fmt: skip
+    assert (found % 16 == 0).all() and (found >= cache.first_key[0]).all() and (found > cache.first_key[0]).any()
+    lam = gates.double().cumsum(-1)
+    k64 = k.double().repeat_interleave(heads // kv_heads, 1)
+    rows = torch.arange(length - queries, length)
+    weights = q[:, :, rows].double() @ k64.transpose(-1, -2) / 4 + lam[..., rows, None] - lam[:, :, None]
+    key = torch.arange(length)
+    weights = weights.masked_fill((key > rows[:, None]) | (key < start[:, None, None, None]), -torch.inf).softmax(-1)
+    first = found.repeat_interleave(heads // kv_heads, 1)[..., None, None]
+    assert 0 < float((weights * (key < first)).sum(-1).max()) <= math.exp(tolerance)
+    # Nor is it timid: with the true normalizer in place of the one of the last 128 keys, one page more would be much.
+    scores = q[:, :, rows].double() @ k64.transpose(-1, -2) / 4
+    normalizer = (scores + lam[..., rows, None] - lam[:, :, None]).masked_fill(
+        (key > rows[:, None]) | (key < start[:, None, None, None]), -torch.inf
+    )
+    room = bound - normalizer.logsumexp(-1) + lam[..., rows] - lam[..., rows[:1]]  # (B, H, T)
+    ends = lam[..., 15::16][..., : (length - queries) // 16]  # of the pages
+    decayed = (lam[..., rows[:1]] - ends).exp() * 16
+    page = torch.arange(decayed.shape[-1])
+    decayed = decayed * (page >= cache.first_key[0].repeat_interleave(heads // kv_heads, 1)[..., None] // 16)
+    decayed = decayed * ((page + 1) * 16 > start[:, None, None])
+    gone = cache.dropped_mass(0).exp() * (lam[..., rows[0]] - lam[..., -1]).exp()
+    total = (decayed.cumsum(-1) + gone[..., None]) * room.amax(-1).exp()[..., None]
+    most = (total <= math.exp(tolerance)).sum(-1).unflatten(1, (kv_heads, -1)).amin(-1) * 16
+    assert (found <= most.clamp(min=int(start.max()))).all() and (most - found).max() <= 4 * 16

@@ -23,6 +23,9 @@ LARGEST_GATHER = 2**28
 # keys are alike: a call more takes longer. On a GPU a call takes as long as copying a gigabyte.
 SIMILAR = 0.75
 SHORT = 512
+# Bytes of live pages, as many for every head as the longest has, from which on a step looks for what it can skip: a
+# kernel more, which takes about 5 us, and a quarter of the bytes less.
+WORTH_A_PLAN = 2**28
 # Keys that a GPU gathers in front of a chunk are a multiple of these where pages allow: Triton compiles a kernel for
 # numbers that 16 divides and one for others, and blocks of 128 keys are such a number.
 GATHER_BLOCK = 2048
@@ -42,7 +45,8 @@ def paged_attention(
     """Add T keys to a layer of `cache` and attend to all that is live in it from the T queries; forward only.
 
     Up to 16 queries read the pages where they are, in time and memory that follow what is live; their launches
-    depend on shapes alone, so that a CUDA graph can replay them between two calls of `cache.make_room`. More are a
+    depend on shapes alone, so that a CUDA graph can replay them between two calls of `cache.make_room`. On a GPU,
+    where much is live, they skip by the tight rule what weighs too little to this step. More are a
     chunk of a prompt: the live keys of similar heads are copied together, `forgetting_attention` runs on those and the
     new ones, pruned at the same tolerance, and of the new ones only what still matters is stored.
 
@@ -79,13 +83,27 @@ def paged_attention(
             cache.make_room(layer, q.shape[2])
         cache.append(layer, k, v, log_fgate)
         if q.device.type == "cuda":
-            q = q if q.stride(-1) == 1 else q.contiguous()
-            return triton_paged.forward(
-                q, cache.keys, cache.values, cache.within, cache.starts, cache.table[layer], cache.first_key[layer],
-                cache.lengths[layer], scale, cache.key_start,
-            )  # fmt: skip
+            return attend_to_live(q if q.stride(-1) == 1 else q.contiguous(), cache, layer, scale)
         with torch.autocast("cpu", enabled=False):
             return _step_on_cpu(q, cache, layer, scale)
+
+
+def skips_in_steps(cache: PagedKeys, layer: int) -> bool:
+    """Whether a step looks for what it can skip, by what Python knows; a CUDA graph is of one answer."""
+    live = cache.most_live[layer] * cache.batch * cache.num_kv_heads * cache.page_bytes()
+    return cache.is_bounded[layer] and live >= WORTH_A_PLAN
+
+
+def attend_to_live(q: torch.Tensor, cache: PagedKeys, layer: int, scale: float) -> torch.Tensor:
+    """Up to 16 queries, `(B, H, T, D)` on a GPU, the last of the keys, against what is live and not too light."""
+    pages = (cache.within, cache.starts, cache.table[layer])
+    lowest, length = cache.first_key[layer], cache.lengths[layer]
+    if skips_in_steps(cache, layer):
+        lowest = triton_paged.plan(
+            q, cache.keys, *pages, lowest, length, scale, cache.key_start, cache.logit_bound[layer],
+            cache.evicted[layer], cache.evicted_at[layer], cache.log_tolerance,
+        )  # fmt: skip
+    return triton_paged.forward(q, cache.keys, cache.values, *pages, lowest, length, scale, cache.key_start)
 
 
 def _is_capturing(x):

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from .forgetting_attention import _require_triton, on_device_of
 from .paged import PagedKeys
-from .paged_attention import _is_capturing, paged_attention
+from .paged_attention import _is_capturing, attend_to_live, paged_attention
 
 try:
-    from . import triton_paged, triton_step
+    from . import triton_step
 except ImportError:  # no Triton: `_require_triton` gives the reason
-    triton_paged = triton_step = None
+    triton_step = None
 
 
 def paged_step(
@@ -30,7 +30,7 @@ def paged_step(
     eps: float = 1e-6,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Shift, norms, gates and `paged_attention` of one token a sequence; on a GPU three kernels.
+    """Shift, norms, gates and `paged_attention` of one token a sequence; on a GPU three or four kernels.
 
     A step goes through the layers from 0 on, all of them: the first one counts the token for all.
 
@@ -80,10 +80,7 @@ def paged_step(
         pool = (cache.keys, cache.values, cache.within, cache.starts)
         table, length = cache.table[layer], cache.lengths[layer]
         q = triton_step.prepare(parts, columns, *beside, eps, *pool, cache.totals[layer], table, length)
-        out = triton_paged.forward(
-            q[:, :, None], *pool, table, cache.first_key[layer], length, scale, cache.key_start
-        )  # fmt: skip
-        return out[:, :, 0]
+        return attend_to_live(q[:, :, None], cache, layer, scale)[:, :, 0]
 
 
 def _plain(parts, cache, layer, columns, sizes, past_key, past_value, q_norm, k_norm, gate_bias, eps, scale):

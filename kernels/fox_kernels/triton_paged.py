@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .gates import LOG2_E
 from .launch import launch
+from .pruning import DOT_ERROR
 from .tile_sizes import architecture, padded_head_dim
 from .triton_forward import dot_precision
 from .triton_slices import (
@@ -26,6 +27,7 @@ from .triton_slices import (
     early,
     load_queries,
     load_rows,
+    may_overlap,
     own_tiles,
     power_of_2,
     registers,
@@ -37,6 +39,9 @@ from .triton_slices import (
 )
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+PAPER_SLACK = tl.constexpr(2.0**-16)  # pruning.PAPER_SLACK
+TIGHT_SLACK = tl.constexpr(2.0**-5)  # pruning.TIGHT_SLACK, nats
+PROBES = 256  # pages that one step of the search looks at, of all heads of a group together
 LOWEST_GATE = tl.constexpr(-9000.0)  # paged.LOWEST_GATE
 
 
@@ -80,6 +85,130 @@ def append_pages_kernel(
         tl.store(keys_ptr + to, k, mask=d < D)
         tl.store(values_ptr + to, v, mask=d < D)
     tl.store(total_ptr + program * G + g, total, mask=is_head)
+
+
+@triton.jit
+def _near_mass(
+    q_ptr, keys_ptr, within_ptr, starts_ptr, table, bound, lam_query, lowest, num_keys, score_scale, T, batch, kv_head,
+    table_len, q_stride_b, q_stride_h, q_stride_t, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, NEAR: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    DOT_ERROR: tl.constexpr,
+):  # fmt: skip
+    """As `triton_decode._far_mass_of_rows`: of every head the largest `U + lam_i - lam_p - L_i` of its rows, bits.
+
+    `lam_query (BLOCK_G,)` is lam_p, float64.
+    """
+    d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
+    s = tl.maximum(num_keys - NEAR, 0) + tl.arange(0, NEAR)
+    # What no row sees is not read: it may be anything.
+    is_key = (s >= lowest) & (s < num_keys)
+    here = tl.load(table + ((s // PAGE) & (table_len - 1)), mask=is_key, other=0).to(tl.int64)
+    k = load_rows(keys_ptr, here * PAGE + s % PAGE, D, is_key, d, D, BLOCK_D)
+    k_norm = tl.sqrt(tl.max(tl.sum(k.to(tl.float32) * k.to(tl.float32), axis=1), axis=0))
+    largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    for row in range(0, G * T, BLOCK_R):
+        r = row + tl.arange(0, BLOCK_R)
+        is_row = r < G * T
+        of_group, t = r // T, r % T
+        position = num_keys - T + t
+        q = load_queries(
+            q_ptr, batch, kv_head * G + of_group, t, is_row, q_stride_b, q_stride_h, q_stride_t, D, BLOCK_D
+        )
+        q_norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), axis=1))
+        score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score_scale
+        page = tl.load(table + ((position // PAGE) & (table_len - 1)), mask=is_row, other=0).to(tl.int64)
+        lam_row = _lam_at(within_ptr, starts_ptr, page, position % PAGE, of_group, is_row, G, PAGE)
+        visible = is_row[:, None] & is_key[None, :] & (s[None, :] <= position[:, None])
+        lam_key = _lam_at(
+            within_ptr, starts_ptr, here[None, :], (s % PAGE)[None, :], of_group[:, None], visible, G, PAGE
+        )
+        error = tl.abs(score_scale) * DOT_ERROR * q_norm * k_norm
+        weighed = score - error[:, None] + (lam_row[:, None] - lam_key).to(tl.float32)
+        weighed = tl.where(visible, weighed, float("-inf"))
+        most = tl.max(weighed, axis=1)
+        shift = tl.where(most == float("-inf"), 0.0, most)
+        total = tl.sum(tl.math.exp2(weighed - shift[:, None]), axis=1)
+        log_sum = shift + tl.math.log2(tl.where(total == 0.0, 1.0, total))
+        is_own = of_group[:, None] == g[None, :]
+        row_bound = tl.max(tl.where(is_own, bound[None, :], float("-inf")), axis=1)
+        lam_first = tl.sum(tl.where(is_own, lam_query[None, :], 0.0), axis=1)
+        # A row's own key weighs at least -U.
+        mass = row_bound + (lam_row - lam_first).to(tl.float32) - tl.maximum(log_sum, -row_bound)
+        seen = is_own & (is_row & (lowest <= position))[:, None]
+        largest = tl.maximum(largest, tl.max(tl.where(seen, mass[:, None], float("-inf")), axis=0))
+    return largest
+
+
+@triton.jit
+def _lam_at(within_ptr, starts_ptr, page, slot, g, mask, G: tl.constexpr, PAGE: tl.constexpr):
+    """Running sums of gates, float64 bits; everything but the pointers broadcasts."""
+    starts = starts_ptr + page * (2 * G) + g
+    within = within_ptr + page * (2 * G * PAGE) + g * PAGE + slot
+    lam = tl.load(starts, mask=mask, other=0.0).to(tl.float64)
+    lam += tl.load(starts + G, mask=mask, other=0.0).to(tl.float64)
+    lam += tl.load(within, mask=mask, other=0.0).to(tl.float64)
+    return lam + tl.load(within + G * PAGE, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def plan_pages_kernel(
+    q_ptr, keys_ptr, within_ptr, starts_ptr, table_ptr, lowest_ptr, key_start_ptr, length_ptr, bound_ptr, evicted_ptr,
+    evicted_at_ptr, plan_ptr, log_tolerance, score_scale, T, H_kv, table_len, q_stride_b, q_stride_h, q_stride_t,
+    HAS_KEY_START: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, NEAR: tl.constexpr, PAGE: tl.constexpr, PROBES: tl.constexpr, PRECISION: tl.constexpr,
+    DOT_ERROR: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """First key that this step reads of a key head: the tight rule of decoding, what was dropped counted with it."""
+    wait(OVERLAP)
+    program = tl.program_id(0).to(tl.int64)
+    batch, kv_head = program // H_kv, program % H_kv
+    num_keys = tl.load(length_ptr).to(tl.int32)
+    table = table_ptr + program * table_len
+    lowest = tl.load(lowest_ptr + program).to(tl.int32)
+    if HAS_KEY_START:
+        lowest = tl.maximum(lowest, tl.load(key_start_ptr + batch).to(tl.int32))
+    g = tl.arange(0, BLOCK_G)
+    is_head = g < G
+    query = num_keys - T
+    page = tl.load(table + ((query // PAGE) & (table_len - 1))).to(tl.int64)
+    lam_query = _lam_at(within_ptr, starts_ptr, page, query % PAGE, g, is_head, G, PAGE)
+    bound = tl.load(bound_ptr + kv_head * G + g, mask=is_head, other=0.0).to(tl.float32)
+    bound = bound * (1.0 + PAPER_SLACK) * _LOG2_E
+    room = _near_mass(
+        q_ptr, keys_ptr, within_ptr, starts_ptr, table, bound, lam_query, lowest, num_keys, score_scale, T, batch,
+        kv_head, table_len, q_stride_b, q_stride_h, q_stride_t, G, BLOCK_G, D, BLOCK_D, BLOCK_R, NEAR, PAGE,
+        PRECISION, DOT_ERROR,
+    )  # fmt: skip
+    room += (TIGHT_SLACK - log_tolerance) * _LOG2_E
+    room = tl.where(is_head, room, float("-inf"))
+    # What is no number ends the search at once.
+    room = tl.where(room != room, float("inf"), room)
+    gone = tl.load(evicted_ptr + program * G + g, mask=is_head, other=float("-inf")) * _LOG2_E
+    gone += lam_query - tl.load(evicted_at_ptr + program * G + g, mask=is_head, other=0.0)
+    so_far = tl.where(gone == float("-inf"), 0.0, tl.math.exp2(gone.to(tl.float32) + room))
+
+    # The pages before that of the first query, a chunk at a time; page n ends where page n + 1 starts.
+    last = query // PAGE
+    n = tl.minimum(lowest // PAGE, last)
+    is_going = n < last
+    while is_going:
+        index = n + tl.arange(0, PROBES)
+        valid = index < last
+        after = tl.load(table + ((index + 1) & (table_len - 1)), mask=valid, other=0).to(tl.int64)
+        starts = starts_ptr + after[None, :] * (2 * G) + g[:, None]
+        is_pair = is_head[:, None] & valid[None, :]
+        end = tl.load(starts, mask=is_pair, other=0.0).to(tl.float64)
+        end += tl.load(starts + G, mask=is_pair, other=0.0).to(tl.float64)
+        weight = PAGE * tl.math.exp2((lam_query[:, None] - end).to(tl.float32) + room[:, None])
+        weight = tl.where(is_pair, weight, 0.0)
+        mass = so_far[:, None] + tl.cumsum(weight, axis=1)
+        # Masses only grow, and what is NaN is not little: so those that all heads may lose are a prefix.
+        is_little = tl.where(is_head[:, None], (mass <= 1.0 - 2.0**-10).to(tl.int32), 1)
+        found = tl.sum(tl.where(valid, tl.min(is_little, axis=0), 0), axis=0)
+        so_far += tl.sum(weight, axis=1)
+        n += found
+        is_going = (found == PROBES) & (n < last)
+    tl.store(plan_ptr + program, n * PAGE)
 
 
 @triton.jit
@@ -184,6 +313,48 @@ def append(
         G=groups, BLOCK_G=power_of_2(groups), D=dim,
         BLOCK_D=padded_head_dim(dim), PAGE=keys.shape[1], num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def plan(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    within: torch.Tensor,
+    starts: torch.Tensor,
+    table: torch.Tensor,
+    lowest: torch.Tensor,
+    length: torch.Tensor,
+    scale: float,
+    key_start: torch.Tensor | None,
+    logit_bound: torch.Tensor,
+    evicted: torch.Tensor,
+    evicted_at: torch.Tensor,
+    log_tolerance: float,
+) -> torch.Tensor:
+    """Launch the kernel that finds the first key that a step reads, `(B, H_kv)` int32, in place of `lowest`.
+
+    Args:
+        logit_bound: `(H,)` float64 nats.
+        evicted, evicted_at: `(B, H)` float64, contiguous, as in `paged.PagedKeys`.
+        Others as in `forward`.
+    """
+    _, num_heads, num_queries, dim = q.shape
+    batch, num_kv_heads, table_len = table.shape
+    groups, block_d = num_heads // num_kv_heads, padded_head_dim(dim)
+    block_g, memory = power_of_2(groups), 32768 if q.element_size() == 2 else 16384
+    overlap = may_overlap(architecture(q.device))
+    out = torch.empty_like(lowest)
+    launch(
+        plan_pages_kernel, (batch * num_kv_heads,),
+        (q, keys, within, starts, table, lowest, lowest if key_start is None else key_start, length, logit_bound,
+         evicted, evicted_at, out),
+        (float(log_tolerance), scale * LOG2_E, num_queries, num_kv_heads, table_len, *q.stride()[:3]),
+        HAS_KEY_START=key_start is not None, G=groups, BLOCK_G=block_g, D=dim, BLOCK_D=block_d,
+        BLOCK_R=max(16, min(32, power_of_2(groups * num_queries))),
+        NEAR=min(128, memory // (block_d * q.element_size())), PAGE=keys.shape[1],
+        PROBES=max(PROBES // block_g, 64), PRECISION=dot_precision(q.dtype), DOT_ERROR=DOT_ERROR[q.dtype],
+        OVERLAP=overlap, num_warps=8, **early(overlap),
+    )  # fmt: skip
+    return out
 
 
 def forward(
