@@ -48,7 +48,7 @@ TINY = [
     "model.config.hidden_size=32", "model.config.intermediate_size=64", "model.config.num_hidden_layers=2",
     "model.config.num_attention_heads=2", "data.sequence_length=128", "data.batch_size=4",
     "data.tokenizer.vocab_size=512", "data.tokenizer.train_bytes=200000", "evaluation.max_documents=4",
-    "run.threads=1",
+    "run.threads=1", "run.compile=false",
 ]  # fmt: skip
 
 
