@@ -1,17 +1,20 @@
 # Copyright 2026 The FoX project authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding steps over an evicting cache for a loop of one's own: fewer kernels, compiled, replayed as a CUDA graph.
+"""Decoding steps over an evicting cache for a loop of one's own: fewer kernels, replayed as a CUDA graph.
 
 A step of one token waits for launches and for small kernels, not for arithmetic. `FusedStep` computes what the model
-does with one product where several weights meet the same input, and lets `torch.compile` put the rest together;
+does with one product where several weights meet the same input, and on a GPU with kernels that do what lies before
+and after each product themselves, seven a layer; where those do not apply `torch.compile` puts the rest together.
 `GraphedStep` replays either as a CUDA graph.
 
 Letters:  B batch, H query heads, H_kv key heads, D head dim, E hidden size, V vocabulary.
 """
 
 import itertools
+import os
 import types
 import weakref
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -28,30 +31,32 @@ READ_BY_A_STEP = (
 # Rows of a product start at multiples of 16 bytes.
 ALIGNED = 64
 
+HOW = ("kernels", "compiled", "plain")
 _steps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 @torch.library.custom_op("modeling_fox::attend_to_pages", mutates_args=())
 def attend_to_pages(parts: torch.Tensor, heads: int, dim: int, number: int, layer: int) -> torch.Tensor:
-    """Attention of one token, `(B, heads, dim)`, from the products of its layer, see `LayerWeights`.
+    """`FusedStep.attend_to_pages` of step `number`, `(B, heads, dim)`.
 
     The pages and the tokens before the shift, which it writes to, are no arguments: they are those of the cache that
-    step `number` is called with. So a compiled step knows nothing of their sizes and keeps no copy.
+    the step is called with. So a compiled step knows nothing of their sizes and keeps no copy.
     """
-    step = _steps[number]
-    weights, kept = step.layers[layer], step.cache.layers[layer]
-    (store,) = step.cache.pages.stores.values()
-    return operators()[2].paged_step(
-        parts, store, layer, weights.columns, past_key=kept.shift_keys, past_value=kept.shift_values,
-        q_norm=weights.q_norm, k_norm=weights.k_norm, gate_bias=weights.fgate_bias, eps=step.config.qk_norm_eps,
-        scale=step.scaling,
-    )  # fmt: skip
+    return _steps[number].attend_to_pages(layer, parts)
 
 
 @attend_to_pages.register_fake
 def _(parts, heads, dim, number, layer):
     return parts.new_empty(len(parts), heads, dim)
+
+
+def triton_rows():
+    """The module `triton_rows` of fox_kernels, or of the kernel of the Hub in its place; None without Triton."""
+    try:
+        return import_module(f"{operators()[0].__name__.rpartition('.')[0]}.triton_rows")
+    except ImportError:
+        return None
 
 
 class LayerWeights(NamedTuple):
@@ -128,20 +133,21 @@ class LayerWeights(NamedTuple):
 class FusedStep:
     """Feeds one token a sequence to a FoX model over an evicting cache: the model's logits, in fewer operations.
 
-    Weights that meet the same input are copied into one matrix, so that they take one product; `torch.compile` makes
-    one kernel of what lies between products and attention. The first call for each batch size compiles, for a minute
-    or so. One object serves any number of caches, one call at a time.
+    Weights that meet the same input are copied into one matrix, so that they take one product. One object serves any
+    number of caches, one call at a time.
 
     Args:
         model: A `FoxForCausalLM` on one device, without RoPE, with plain linear layers.
-        compile: False runs the operations one by one.
+        how: `"kernels"`, Triton kernels for a GPU, float32 or bfloat16, up to 64 sequences; `"compiled"`, by
+            `torch.compile`, a minute for each number of sequences; `"plain"`, one operation after the other. Default:
+            None, the first of these that applies.
 
     Raises:
-        ValueError: If the model is not as above.
+        ValueError: If the model is not as above, or `how` does not apply to it.
     """
 
-    def __init__(self, model: nn.Module, compile: bool = True):
-        self.config, self.device, self.compile = model.config, model.device, compile
+    def __init__(self, model: nn.Module, how: str | None = None):
+        self.config, self.device = model.config, model.device
         if self.config.use_rope or len({x.device for x in model.parameters()}) != 1:
             raise ValueError(
                 "`model` must be on one device, without RoPE, for a fused step; got "
@@ -158,7 +164,22 @@ class FusedStep:
         self.ogate_act = getattr(base.layers[0].self_attn, "ogate_act", None)
         self.embeddings = base.embed_tokens.weight.detach()
         self.norm, self.head = base.norm.weight.detach(), model.lm_head.weight.detach()
+        reason = self._against_kernels()
+        if how not in (None, *HOW) or (how == "kernels" and reason):
+            raise ValueError(f"`how` must be one of {HOW}, or None; got {how!r}. {reason or 'Take None.'}")
+        self.how = how or ("compiled" if reason else "kernels")
         self._compiled = {}
+
+    def _against_kernels(self) -> str | None:
+        """Why the kernels do not apply, or None."""
+        config, dtype = self.config, self.embeddings.dtype
+        if triton_rows() is None or (self.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
+            return "Kernels need Triton and a GPU."
+        if dtype not in (torch.float32, torch.bfloat16) or config.head_dim & (config.head_dim - 1):
+            return f"Kernels need float32 or bfloat16 and a power of 2 as head_dim; got {dtype}, {config.head_dim}."
+        if config.hidden_act not in ("silu", "swish") or config.use_multi_skip:
+            return "Kernels are for hidden_act='silu' and models without multi-skip."
+        return None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, cache: FoxEvictingCache) -> torch.Tensor:
@@ -184,13 +205,39 @@ class FusedStep:
             self.cache = None
 
     def _function(self, batch):
-        if not self.compile:
+        if self.how == "kernels" and batch <= triton_rows().MOST_ROWS:
+            return FusedStep._by_kernels
+        if self.how == "plain":
             return _logits
         if batch not in self._compiled:
             # Code of its own: Dynamo counts how often a function was compiled, of all models and batch sizes.
             own = types.FunctionType(_logits.__code__.replace(), _logits.__globals__, _logits.__name__)
             self._compiled[batch] = torch.compile(own, fullgraph=True, dynamic=False)
         return self._compiled[batch]
+
+    def attend_to_pages(self, layer: int, parts: torch.Tensor) -> torch.Tensor:
+        """Attention of one token, `(B, H, D)`, from the products of its layer, `(B, N)`; see `LayerWeights`."""
+        weights, kept = self.layers[layer], self.cache.layers[layer]
+        (store,) = self.cache.pages.stores.values()
+        return operators()[2].paged_step(
+            parts, store, layer, weights.columns, past_key=kept.shift_keys, past_value=kept.shift_values,
+            q_norm=weights.q_norm, k_norm=weights.k_norm, gate_bias=weights.fgate_bias,
+            eps=self.config.qk_norm_eps, scale=self.scaling,
+        )  # fmt: skip
+
+    def _by_kernels(self, input_ids):
+        """`(B, 1, V)`: four products a layer, and attention."""
+        products, eps = triton_rows().row_products, self.config.rms_norm_eps
+        hidden = F.embedding(input_ids[:, 0], self.embeddings)
+        for idx, weights in enumerate(self.layers):
+            parts = products(hidden, weights.inputs, norm=weights.before, eps=eps)
+            out, gate = self.attend_to_pages(idx, parts).flatten(1), {}
+            if weights.ogate is not None:
+                gate = {"gate": parts[:, weights.ogate], "gate_act": self.config.output_gate_act}
+            hidden = products(out, weights.outputs, head_norm=weights.output_norm, eps=eps, residual=hidden, **gate)
+            inner = products(hidden, weights.mlp, norm=weights.after, eps=eps, glu=True)
+            hidden = products(inner, weights.down, residual=hidden)
+        return products(hidden, self.head, norm=self.norm, eps=eps)[:, None]
 
     def attend(self, idx: int, weights: LayerWeights, states: torch.Tensor) -> torch.Tensor:
         """Attention of layer `idx`, `(B, E)` to `(B, E)`."""

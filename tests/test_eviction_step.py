@@ -1,5 +1,6 @@
 """Fused decoding steps over the cache that forgets: the logits of the model itself, whatever it is made of."""
 
+import os
 from functools import partial
 
 import pytest
@@ -25,9 +26,9 @@ def forgetful(**config):
 
 
 @torch.no_grad()
-def both(model, make_step, batch=2):
+def both(model, make_step, batch=2, steps=LENGTH - PROMPT):
     """Logits of the model and of the step, `(B, T, V)` each, and their caches."""
-    tokens, caches = random_tokens(batch, LENGTH).to(model.device), []
+    tokens, caches = random_tokens(batch, PROMPT + steps).to(model.device), []
     mask = torch.ones(batch, PROMPT, dtype=torch.int64, device=model.device)
     mask[-1, :7] = 0
     for _ in range(2):
@@ -40,8 +41,8 @@ def both(model, make_step, batch=2):
     return *(torch.cat(x, dim=1) for x in pieces), *caches
 
 
-def fused(model, cache, compile=False):
-    step = FusedStep(model, compile=compile)
+def fused(model, cache, how="plain"):
+    step = FusedStep(model, how)
     return lambda ids: step(ids, cache)
 
 
@@ -63,11 +64,19 @@ def test_a_fused_step_gives_the_logits_of_the_model(config):
     assert config.get("fgate_type") == "none" or int(used.report().live_keys.min()) < LENGTH
 
 
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("config", [{}, {"use_output_gate": False, "use_output_norm": False, "use_k_shift": False}])
+def test_the_kernels_of_products_give_the_logits_of_the_model(config):
+    expected, got, *_ = both(forgetful(num_hidden_layers=1, **config), partial(fused, how="kernels"), steps=2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
 def test_it_is_one_graph_for_the_compiler(monkeypatch):
     """And compiled once: neither the number of keys nor the sizes of the pool are a part of it."""
     counted = []
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: counted.append(1) or graph))
-    expected, got, *_ = both(forgetful(), partial(fused, compile=True))
+    expected, got, *_ = both(forgetful(), partial(fused, how="compiled"))
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
     assert len(counted) == 1
 
@@ -85,13 +94,17 @@ def test_says_what_a_fused_step_cannot_do():
     with pytest.raises(ValueError, match=r"`model` must be on one device, without RoPE, .* use_rope=True. Call the"):
         FusedStep(forgetful(use_rope=True))
     model, token = forgetful(), random_tokens(1, 1)
-    step, cache = FusedStep(model, compile=False), FoxEvictingCache(model.config)
+    step, cache = FusedStep(model, "plain"), FoxEvictingCache(model.config)
     with pytest.raises(ValueError, match="`cache` must hold a prompt, .*; got 0 tokens, logit_bound=None, recording"):
         step(token, cache)
     with pytest.raises(ValueError, match="`model` must be on one CUDA device, without RoPE, and `cache` hold"):
         GraphedStep(step, cache)
     model(random_tokens(1, 5), past_key_values=cache, use_cache=True)
     assert step(token, cache).shape == (1, 1, model.config.vocab_size)
+    with pytest.raises(ValueError, match="`how` must be one of .*; got 'kernels'. Kernels "):
+        FusedStep(forgetful(use_multi_skip=True), "kernels")
+    with pytest.raises(ValueError, match="`how` must be one of .*; got 'fast'. "):
+        FusedStep(model, "fast")
     model.model.layers[1].mlp.up_proj.weight.mul_(2.0)
     with pytest.raises(ValueError, match="`model` must not change under its fused step; its weights did. Build a new"):
         step(token, cache)
@@ -107,10 +120,10 @@ def test_says_what_a_fused_step_cannot_do():
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
-@pytest.mark.parametrize("kind", ["eager", "fused", "compiled"])
+@pytest.mark.parametrize("kind", ["eager", "kernels", "compiled", "plain"])
 def test_gpu_replayed_steps_give_the_logits_of_the_model(kind):
     def make(model, cache):
-        return GraphedStep(model if kind == "eager" else FusedStep(model, compile=kind == "compiled"), cache)
+        return GraphedStep(model if kind == "eager" else FusedStep(model, kind), cache)
 
     model = forgetful(hidden_size=128, intermediate_size=128).cuda()
     expected, got, plain, used = both(model, make)

@@ -10,8 +10,9 @@ FoX (Pro) of 125M parameters, random weights in bfloat16, gate biases that forge
 the same width, depth and heads. Parts:
 
 - `speed`: milliseconds of a decoding step after each length and for each batch, of both models, each step replayed
-  from a CUDA graph, median of --tokens steps: `eager`, the models as they are, and `compiled`, FoX as a `FusedStep`
-  and the Transformer through torch.compile, as `generate` does with a static cache. Caches are filled directly, with
+  from a CUDA graph, median of --tokens steps: `eager`, the models as they are; `compiled`, both through torch.compile,
+  FoX as a `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`, the `FusedStep` of
+  kernels, beside the compiled Transformer. Caches are filled directly, with
   random keys, in chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after
   131072, too. For the first batch also the bytes of the cache next to those of a cache of everything, and the share
   of keys that the proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken,
@@ -41,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, FusedStep, GraphedStep
 
 FILL = 4096  # tokens that the cache is filled with at a time
+BESIDE = {"eager": "eager", "compiled": "compiled", "kernels": "compiled"}  # the Transformer that FoX is compared with
 SPARE = 2**30  # bytes that the largest batch leaves free
 BEGAN = time.perf_counter()
 
@@ -219,18 +221,18 @@ def tell_memory(fox, cache, length, rows):
 
 
 def part_speed(fox, dense, options, rows):
-    steppers = {"eager": (fox, dense), "compiled": (None, None)}
-    if "compiled" in options.modes:
-        steppers["compiled"] = (FusedStep(fox), torch.compile(dense))
+    steps = {name: fox if name == "eager" else FusedStep(fox, name) for name in options.modes}
+    forwards = {"eager": dense, "compiled": torch.compile(dense)}
+    beside = list(dict.fromkeys(BESIDE[name] for name in options.modes))
     for batch in options.batches:
         times = {}
         for length in options.lengths:
             fits = largest_batch(dense, length, options.tokens + 8, batch)
-            for name in options.modes:
-                time_dense(dense, steppers[name][1], name, fits, length, options, times)
+            for name in beside:
+                time_dense(dense, forwards[name], name, fits, length, options, times)
             if fits < batch:
-                time_fox(fox, steppers, fits, [length], options, times, [])
-        time_fox(fox, steppers, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
+                time_fox(fox, steps, fits, [length], options, times, [])
+        time_fox(fox, steps, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
         for length in options.lengths:
             fits = largest_batch(dense, length, options.tokens + 8, batch)
             for count in sorted({batch, fits}):
@@ -250,7 +252,7 @@ def time_dense(dense, forward, name, batch, length, options, times):
     release(options.device)
 
 
-def time_fox(fox, steppers, batch, lengths, options, times, rows):
+def time_fox(fox, steps, batch, lengths, options, times, rows):
     """One cache that grows from length to length."""
     cache = step = None
     try:
@@ -259,7 +261,7 @@ def time_fox(fox, steppers, batch, lengths, options, times, rows):
             fill(fox, cache, length)
             tell_memory(fox, cache, length, rows)
             for name in options.modes:
-                step = fox_step(steppers[name][0], cache, batch)
+                step = fox_step(steps[name], cache, batch)
                 times["fox", name, batch, length] = median_ms(step, options.tokens, options.device)
                 say(f"FoX, {name}, batch {batch}, {length} tokens: {times['fox', name, batch, length]:.3f} ms")
                 step = None
@@ -271,7 +273,10 @@ def time_fox(fox, steppers, batch, lengths, options, times, rows):
 
 def tell_speed(batch, length, modes, times, rows):
     for name in modes:
-        ms = {x: times.get((x, name, batch, length)) for x in ("fox", "dense")}
+        ms = {
+            "fox": times.get(("fox", name, batch, length)),
+            "dense": times.get(("dense", BESIDE[name], batch, length)),
+        }
         text = "  ".join(
             f"{x} {ms[x]:.3f} ms {batch / ms[x] * 1e3:.0f} tokens/s" if ms[x] else f"{x}: not measured" for x in ms
         )
@@ -295,6 +300,7 @@ def part_prompt(fox, options, rows):
     # What a chunk takes by itself, without a cache and with kernels compiled.
     fox(chunk_of(), use_cache=False, logits_to_keep=1)
     synchronise(options.device)
+    say("prompt: kernels without a cache are compiled")
     alone = 0
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -305,7 +311,7 @@ def part_prompt(fox, options, rows):
     begin = time.perf_counter()
     chunks = range(0, options.prompt, options.chunk)
     for number, start in enumerate(chunks):
-        fox(chunk_of()[:, : options.prompt - start], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        fox(chunk_of(), past_key_values=cache, use_cache=True, logits_to_keep=1)
         if number % max(len(chunks) // 10, 1) == 0:
             synchronise(options.device)
             say(f"prompt: {start + options.chunk} tokens after {time.perf_counter() - begin:.1f} s")
@@ -345,7 +351,11 @@ def main():
         "--parts", nargs="+", choices=["speed", "prompt"], default=["speed", "prompt"], help="default: both"
     )
     parser.add_argument(
-        "--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"], help="default: both"
+        "--modes",
+        nargs="+",
+        choices=["eager", "compiled", "kernels"],
+        default=["eager", "compiled", "kernels"],
+        help="default: all",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
@@ -357,10 +367,15 @@ def main():
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768, 131072], help="default: %(default)s")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="sequences; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=100, help="steps timed; default: %(default)s")
-    parser.add_argument("--prompt", type=int, default=1_000_000, help="tokens; default: %(default)s")
+    parser.add_argument(
+        "--prompt", type=int, default=1_000_000, help="tokens, made whole chunks; default: %(default)s"
+    )
     parser.add_argument("--chunk", type=int, default=8192, help="tokens; default: %(default)s")
     parser.add_argument("--json", type=Path, help="where the rows go")
     options = parser.parse_args()
+    options.prompt = -(-options.prompt // options.chunk) * options.chunk
+    if options.device == "cpu":
+        options.modes = [name for name in options.modes if name != "kernels"]
     warnings.filterwarnings("ignore")
     torch.set_grad_enabled(False)
     fox, dense = build(options)
