@@ -37,6 +37,7 @@ def parser():
     parts = ["operator", "text"]
     out.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: both")
     out.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="default: both")
+    out.add_argument("--heads", nargs="+", type=int, help="only these of the operator's, counted from 0; default: all")
     return out
 
 
@@ -106,19 +107,24 @@ def most_lost(q, k, gates, first):
 
 
 @torch.no_grad()
-def lost_by_the_operator(length, dtype):
-    """Runs all heads at once; yields scores and gates, dropped keys, most lost, its row, what the cache reports."""
+def lost_by_the_operator(length, dtype, chosen=None):
+    """Runs all heads, or those `chosen`, at once.
+
+    Yields scores and gates, dropped keys, most lost, its row, what the cache reports.
+    """
     from fox_kernels.paged import PagedKeys
     from fox_kernels.paged_attention import paged_attention
 
     kinds, gates, bounds = zip(*heads(length), strict=True)
     names = [f"{scores:<6} scores, {kind:<7} gates" for scores in ("random", "worst") for kind in kinds]
     pairs = zip(*(queries_and_keys(worst, bounds, length) for worst in (False, True)), strict=True)
-    q, k = (torch.cat(pair, dim=1).to(dtype) for pair in pairs)
-    gates, margin = torch.stack(gates * 2)[None], 1.0 if dtype == torch.float32 else 1.01
+    chosen = range(len(names)) if chosen is None else chosen
+    names, bounds = [names[head] for head in chosen], [(bounds * 2)[head] for head in chosen]
+    q, k = (torch.cat(pair, dim=1)[:, chosen].to(dtype) for pair in pairs)
+    gates, margin = torch.stack(gates * 2)[None, chosen], 1.0 if dtype == torch.float32 else 1.01
     options = {"page_size": 16, "log_tolerance": LOG_TOLERANCE, "dtype": dtype, "device": q.device}
     cache = PagedKeys(1, 1, len(names), len(names), DIM, **options)
-    cache.set_logit_bound(0, torch.tensor(bounds * 2) * margin)
+    cache.set_logit_bound(0, torch.tensor(bounds) * margin)
     first = torch.zeros(len(names), length, dtype=torch.int64)
     began = time.monotonic()
     for t in range(length):
@@ -159,7 +165,7 @@ def main(argv=None):
     args = parser().parse_args(argv)
     began, failed, eps = time.monotonic(), 0, math.exp(LOG_TOLERANCE)
     for dtype in args.dtypes if "operator" in args.parts else ():
-        for name, dropped, lost, row, reported in lost_by_the_operator(args.tokens, DTYPES[dtype]):
+        for name, dropped, lost, row, reported in lost_by_the_operator(args.tokens, DTYPES[dtype], args.heads):
             ok = lost <= min(eps, reported * (1 + 1e-9)) or dropped == lost == 0
             failed += not ok
             print(

@@ -43,7 +43,7 @@ from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, FusedStep,
 
 FILL = 4096  # tokens that the cache is filled with at a time
 BESIDE = {"eager": "eager", "compiled": "compiled", "kernels": "compiled"}  # the Transformer that FoX is compared with
-SPARE = 2**30  # bytes that the largest batch leaves free
+SPARE = 3 * 2**30  # bytes that the largest batch leaves free
 BEGAN = time.perf_counter()
 
 
