@@ -84,7 +84,9 @@ class Agent:
         """Prune this module over so many steps of its optimizer, if the options say so."""
         options = self.options
         if options.final_sparsity > 0:
-            config = SparsityConfig(final_sparsity=options.final_sparsity, method=options.sparsity_method)
+            config = SparsityConfig(
+                final_sparsity=options.final_sparsity, method=options.sparsity_method, seed=options.seed
+            )
             self._pruners[name] = (MaskedPruner(module, config, max(1, updates)), optimizer)
 
     @property

@@ -229,7 +229,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step on the gradients of this loss; other gradients are not touched."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # the fused optimizer reads memory in order, whatever the strides
     optimizer.step()
 
 
@@ -321,22 +321,18 @@ class Runs:
                 self.stoppers[self.runs.index(("random", seed))].hazard = hazard_for(length, self.horizon)
 
 
-@torch.no_grad()
 def evaluate(many: ManyTD3, world: Runs, episodes: int) -> np.ndarray:
     """Mean return of each run over whole episodes without noise, `(S,)`, in the pool's other environments."""
     runs, count = many.num_runs, many.num_runs * episodes
-    numbers = runs + np.arange(count)  # episode by episode, the runs within
-    observation = world.pool.reset(numbers, 1000 + np.arange(count) // runs)
-    totals, alive = np.zeros(count), np.ones(count, dtype=bool)
-    for _ in range(world.horizon):
+
+    @torch.no_grad()
+    def act(observation: np.ndarray) -> np.ndarray:
         tensor = torch.as_tensor(observation, dtype=torch.float32, device=many.device)
         action = many.actor(tensor.view(episodes, runs, -1).transpose(0, 1)).tanh()
-        action = world.scale(action.transpose(0, 1).reshape(count, -1).cpu().numpy())
-        observation[alive], reward, terminated, truncated = world.pool.step(numbers[alive], action[alive])
-        totals[alive] += reward
-        alive[alive] = ~(terminated | truncated)
-        if not alive.any():
-            break
+        return world.scale(action.transpose(0, 1).reshape(count, -1).cpu().numpy())
+
+    # Episode by episode, the runs within.
+    totals = world.pool.play(runs + np.arange(count), 1000 + np.arange(count) // runs, act)
     return totals.reshape(episodes, runs).mean(axis=0)
 
 

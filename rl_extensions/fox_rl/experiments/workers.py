@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -56,8 +57,9 @@ def work(env_id: str, own: list[int], shared: Shared, go: Any, done: Any, spins:
             continue
         for i, env in envs.items():
             if x["command"][i] == STEP:
+                action = x["action"][i].astype(env.action_space.dtype)
                 x["observation"][i], x["reward"][i], x["terminated"][i], x["truncated"][i], _ = env.step(
-                    x["action"][i].astype(env.action_space.dtype)
+                    action[0] if isinstance(env.action_space, gym.spaces.Discrete) else action
                 )
             elif x["command"][i] == RESET:
                 seed = int(x["seed"][i])
@@ -72,7 +74,7 @@ class EnvironmentPool:
     """N environments of one kind, stepped and restarted by number.
 
     Args:
-        env_id: Gymnasium id with vector observations and actions.
+        env_id: Gymnasium id with vector observations, and vectors or one number as actions.
         count: N. Environment i belongs to worker i modulo `workers`.
         workers: Processes.
         spins: Times that a waiting process asks before it sleeps. None: 10,000 (about 2 ms) where every process has a
@@ -93,7 +95,7 @@ class EnvironmentPool:
         if spins is None:
             spins = 10_000 if (os.cpu_count() or 1) > workers else 0
         context = multiprocessing.get_context("spawn")
-        shared = Shared(context, count, self.observation_space.shape[0], self.action_space.shape[0])
+        shared = Shared(context, count, self.observation_space.shape[0], sum(self.action_space.shape) or 1)
         self.x, self.spins, self.owner = shared.arrays(), spins, np.arange(count) % workers
         self.go = [context.Semaphore(0) for _ in range(workers)]
         self.done = [context.Semaphore(0) for _ in range(workers)]
@@ -127,6 +129,25 @@ class EnvironmentPool:
         self.x["action"][numbers] = action
         self.command(numbers, STEP)
         return tuple(self.x[name][numbers] for name in ("observation", "reward", "terminated", "truncated"))
+
+    def play(
+        self, numbers: np.ndarray, seeds: np.ndarray, act: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:  # fmt: skip
+        """Returns of one whole episode in each of these environments, `(n,)`.
+
+        Args:
+            numbers: `(n,)`.
+            seeds: Of each, `(n,)`.
+            act: All observations `(n, O)` to actions `(n, A)`; what it says for an episode that is over is not read.
+        """
+        observation = self.reset(numbers, seeds)
+        totals, alive = np.zeros(len(numbers)), np.ones(len(numbers), dtype=bool)
+        while alive.any():
+            action = act(observation)
+            observation[alive], reward, terminated, truncated = self.step(numbers[alive], action[alive])
+            totals[alive] += reward
+            alive[alive] = ~(terminated | truncated)
+        return totals
 
     def close(self) -> None:
         """End the processes."""
