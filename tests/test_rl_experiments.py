@@ -60,6 +60,8 @@ def test_the_last_value_of_every_run_and_the_first_step_at_a_goal():
     scores = reports.last_scores(rows, "eval_return")
     np.testing.assert_array_equal(scores["a"], [[5.0], [2.0]])
     np.testing.assert_array_equal(scores["b"], [[4.0]])
+    tails = reports.last_scores(rows, "eval_return", tail=0.5)
+    np.testing.assert_array_equal(tails["a"], [[7.0], [2.0]])
     assert reports.steps_to_reach(rows, "eval_return", 4.0) == {"a": [20.0, float("inf")], "b": [20.0]}
 
 
@@ -103,7 +105,13 @@ def test_the_plans_are_what_results_describe():
         jobs = experiment.jobs(experiment.seeds, None)
         assert {job.experiment for job in jobs} == {name} and len({job.name for job in jobs}) == len(jobs)
     cartpole = EXPERIMENTS["pruning-cartpole"].jobs(5, None)
-    assert len({job.settings["arm"] for job in cartpole}) == 9 and len(cartpole) == 45
+    runs = [run for job in cartpole for run in job.settings["runs"]]
+    assert len(cartpole) == 3 and len(runs) == 45 and len({arm for arm, _ in runs}) == 9
+    from fox_rl.agents import dqn
+    from fox_rl.experiments import many_dqn
+
+    for job in cartpole + EXPERIMENTS["pruning-lunarlander"].jobs(5, None):
+        many_dqn.check([(arm, dqn.Options(**options)) for arm, options in job.settings["runs"]])
     from fox_rl.agents import common, ppo_fox
 
     envs, sizes = common.make_environments("fox_rl/RepeatFirst-v0", 1), {}

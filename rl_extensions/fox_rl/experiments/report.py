@@ -14,14 +14,24 @@ from fox_rl.experiments.jobs import EXPERIMENTS
 Rows = list[dict[str, str]]
 
 
-def last_scores(rows: Rows, metric: str) -> dict[str, np.ndarray]:
-    """`{arm: (runs, 1)}`: the last value of the metric in every run, runs in the order of their seeds."""
-    last: dict[str, dict[int, tuple[float, float]]] = defaultdict(dict)
+def last_scores(rows: Rows, metric: str, tail: float = 0.0) -> dict[str, np.ndarray]:
+    """`{arm: (runs, 1)}`: the metric of every run at its end, runs in the order of their seeds.
+
+    Args:
+        rows: Of one experiment.
+        metric: Name.
+        tail: Share of the run's steps, at its end, whose values are averaged; 0 takes the last one.
+    """
+    points: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["metric"] == metric:
-            arm, seed, point = row["arm"], int(row["seed"]), (float(row["step"]), float(row["value"]))
-            last[arm][seed] = max(last[arm].get(seed, point), point, key=lambda p: p[0])
-    return {arm: np.array([[runs[seed][1]] for seed in sorted(runs)]) for arm, runs in last.items()}
+            points[row["arm"]][int(row["seed"])].append((float(row["step"]), float(row["value"])))
+
+    def end(run: list[tuple[float, float]]) -> float:
+        last = max(step for step, _ in run)
+        return float(np.mean([value for step, value in run if step >= last * (1 - tail)]))
+
+    return {arm: np.array([[end(runs[seed])] for seed in sorted(runs)]) for arm, runs in points.items()}
 
 
 def steps_to_reach(rows: Rows, metric: str, threshold: float) -> dict[str, list[float]]:
@@ -51,7 +61,7 @@ def write_report(rows: Rows, names: list[str], folder: Path) -> str:
     for name in names:
         own = [row for row in rows if row["experiment"] == name]
         metric = EXPERIMENTS[name].score
-        scores = last_scores(own, metric)
+        scores = last_scores(own, metric, EXPERIMENTS[name].tail)
         if not scores:
             parts.append(f"{name}: no {metric} measured yet.\n")
             continue

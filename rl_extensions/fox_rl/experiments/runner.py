@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_many
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_many, train_many_dqn
 from fox_rl.experiments.report import write_report
 
 COLUMNS = ("experiment", "job", "arm", "seed", "step", "metric", "value")
@@ -130,10 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm (default: of each experiment)")
     parser.add_argument("--steps", type=int, default=None, help="environment steps of a run (default: of each)")
     parser.add_argument("--seconds", type=float, default=None, help="stop everything after this time (default: never)")
-    parser.add_argument("--eager", action="store_true", help="early-stop-*: no CUDA graphs")
+    parser.add_argument(
+        "--eager", action="store_true", help="early-stop-*, pruning-cartpole and -lunarlander: no CUDA graphs"
+    )
     parser.add_argument(
         "--env-workers", type=int, default=None,
-        help="early-stop-*: processes that step the environments (default: one each, two cores left free)",
+        help="the same: processes of a job that step its environments (default: all cores but a few)",
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only write tables and figures from results.csv")
     return parser
@@ -163,7 +165,7 @@ def planned(options: argparse.Namespace) -> list[Job]:
         experiment = EXPERIMENTS[name]
         jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
     for job in jobs:
-        if job.run is train_many:
+        if job.run in (train_many, train_many_dqn):
             job.settings.update({"graphs": False} if options.eager else {})
             job.settings.update({"workers": options.env_workers} if options.env_workers else {})
     return jobs
