@@ -14,6 +14,7 @@ conditions and roundings, is in `kernels/README.md`.
 Letters:  L layers, B batch, H query heads, H_kv key heads, T new tokens, S tokens so far, D head dim.
 """
 
+import inspect
 import math
 import weakref
 from importlib import import_module
@@ -53,6 +54,10 @@ def operators():
         )
     package = attention_fox.forgetting_attention.__module__.rpartition(".")[0]
     return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention", "paged_step"))
+
+
+# Pages come and go by what Python knows: a compiled model leaves its graph for them. `FusedStep` is made for it.
+outside_of_compilation = torch.compiler.disable
 
 
 class CacheReport(NamedTuple):
@@ -165,6 +170,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
         """Nothing yet, as `update`."""
         return log_fgate
 
+    @outside_of_compilation
     def attend(self, module, query, key, value, attention_mask, scaling, log_fgate, **kwargs):
         """In place of a backend: store T new tokens and attend from them to all that is live, whatever the backend.
 
@@ -221,6 +227,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
             )
         self.longest_key = longest
 
+    @outside_of_compilation
     def get_seq_length(self) -> int:
         """Tokens so far, dropped ones included."""
         store = self._store()
@@ -230,11 +237,13 @@ class FoxEvictingLayer(FoxDynamicLayer):
         """Keys of a mask, and its offset."""
         return self.get_seq_length() + query_length, 0
 
+    @outside_of_compilation
     def past_shift(self, name: str) -> torch.Tensor | None:
         """As in `FoxDynamicLayer`; a copy, as `update_shift` writes to the same memory."""
         past = super().past_shift(name)
         return None if past is None else past.clone()
 
+    @outside_of_compilation
     def update_shift(self, name: str, projection: torch.Tensor) -> None:
         """As in `FoxDynamicLayer`, in place, so that a CUDA graph finds it again."""
         past = getattr(self, f"shift_{name}")
@@ -348,6 +357,7 @@ class FoxEvictingCache(Cache):
         self.pages = _Pages(config, log_pruning_tolerance, page_size, max_cache_bytes, logit_bound)
         super().__init__(layers=[FoxEvictingLayer(self.pages, i) for i in range(config.num_hidden_layers)])
 
+    @outside_of_compilation
     def hide_padding(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
         """Take note of where sequences start; the model calls it before its layers.
 
@@ -471,7 +481,13 @@ class FoxEvictingCache(Cache):
 
 def make_evicting_cache(config: PreTrainedConfig, generation_config: GenerationConfig) -> FoxEvictingCache:
     """For `generate`: `generation_config.cache_config` may hold the options of `FoxEvictingCache`."""
-    cache = FoxEvictingCache(config, **(generation_config.cache_config or {}))
+    options = generation_config.cache_config or {}
+    known = list(inspect.signature(FoxEvictingCache).parameters)[1:]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"`cache_config` may hold {known} with cache_implementation='fox'; got {unknown}. Leave them out."
+        )
+    cache = FoxEvictingCache(config, **options)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     return cache

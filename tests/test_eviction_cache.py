@@ -245,8 +245,20 @@ def test_it_goes_on_after_inference_mode_and_with_rotary_positions():
     torch.testing.assert_close(torch.cat([first, *rest], 1), expected, rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_compiled_attention_leaves_its_graph_for_the_cache():
+    model, tokens = forgetful(num_hidden_layers=1), random_tokens(1, 43)
+    expected, attention = model(tokens, use_cache=False).logits, model.model.layers[0].self_attn
+    attention.forward = torch.compile(attention.forward, backend="eager")
+    cache = FoxEvictingCache(model.config, page_size=16)
+    got = torch.cat([step(model, x, cache) for x in tokens.split([41, 1, 1], dim=1)], 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
 def test_says_what_cannot_be():
     model = forgetful()
+    with pytest.raises(ValueError, match=r"`cache_config` may hold \['log_pruning_tolerance', .*; got \['pages'\]"):
+        generate(model, padded_batch(), cache_implementation="fox", cache_config={"pages": 3})
     with pytest.raises(ValueError, match="`use_qk_norm` must be True for safe eviction; got False"):
         FoxEvictingCache(forgetful(use_qk_norm=False).config)
     with pytest.raises(ValueError, match="must be negative; got 0.5"):
