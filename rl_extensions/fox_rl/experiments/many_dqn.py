@@ -146,7 +146,7 @@ class ManyDQN:
         batch["factor"] = factor.squeeze(-1)
         weights = list(self.weights.values())
         gradients = torch.autograd.grad(vmap(self._loss)(self.weights, self.target, batch).sum(), weights)
-        norm = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0).sqrt()
+        norm = torch.cat([g.flatten(1) for g in gradients], dim=1).norm(dim=1)
         scale = (self.options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_, run by run
         for weight, gradient in zip(weights, gradients, strict=True):
             # The fused optimizer reads memory in order, whatever the strides; vmap returns transposed gradients.
