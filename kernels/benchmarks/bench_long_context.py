@@ -10,13 +10,12 @@ FoX (Pro) of 125M parameters, random weights in bfloat16, gate biases that forge
 the same width, depth and heads. Parts:
 
 - `speed`: milliseconds of a decoding step after each length and for each batch, of both models, each step replayed
-  from a CUDA graph, median of --tokens steps: `eager`, the models as they are; `compiled`, both through torch.compile,
-  FoX as a `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`, the `FusedStep` of
-  kernels, beside the compiled Transformer. Caches are filled directly, with
-  random keys, in chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after
-  131072, too. For the first batch also the bytes of the cache next to those of a cache of everything, and the share
-  of keys that the proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken,
-  for FoX as well.
+  from a CUDA graph, median of --tokens steps (the mean beside it): `eager`, the models as they are; `compiled`, both
+  through torch.compile, FoX as a `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`,
+  the `FusedStep` of kernels, beside the compiled Transformer. Caches are filled directly, with random keys, in
+  chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after 131072, too. For
+  the first batch also the bytes of the cache next to those of a cache of everything, and the share of keys that the
+  proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken, for FoX as well.
 - `prompt`: a prompt of --prompt tokens through the model in chunks, its tokens/s, the peak of allocated memory, and
   what of that is known: weights, cache, and the activations that one chunk takes alone.
 
@@ -134,8 +133,8 @@ def dense_cache(model, batch, length, room):
     return cache
 
 
-def median_ms(step, tokens, device):
-    """Median of the milliseconds of a call."""
+def timed(step, tokens, device):
+    """Median and mean of the milliseconds of a call; every 64th step of FoX also looks for what can be dropped."""
     times = []
     for _ in range(tokens):
         if device == "cuda":
@@ -149,7 +148,7 @@ def median_ms(step, tokens, device):
             begin = time.perf_counter()
             step()
             times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
+    return statistics.median(times), statistics.mean(times)
 
 
 def fox_step(model, cache, batch):
@@ -244,8 +243,9 @@ def time_dense(dense, forward, name, batch, length, options, times):
     try:
         cache = dense_cache(dense, batch, length, options.tokens + 8)
         step = dense_step(dense, forward, cache, batch, length)
-        times["dense", name, batch, length] = median_ms(step, options.tokens, options.device)
-        say(f"Transformer, {name}, batch {batch}, {length} tokens: {times['dense', name, batch, length]:.3f} ms")
+        median, mean = timed(step, options.tokens, options.device)
+        times["dense", name, batch, length] = median
+        say(f"Transformer, {name}, batch {batch}, {length} tokens: {median:.3f} ms, mean {mean:.3f}")
     except torch.OutOfMemoryError:
         say(f"Transformer, {name}, batch {batch}, {length} tokens: out of memory")
     cache = step = None
@@ -262,8 +262,9 @@ def time_fox(fox, steps, batch, lengths, options, times, rows):
             tell_memory(fox, cache, length, rows)
             for name in options.modes:
                 step = fox_step(steps[name], cache, batch)
-                times["fox", name, batch, length] = median_ms(step, options.tokens, options.device)
-                say(f"FoX, {name}, batch {batch}, {length} tokens: {times['fox', name, batch, length]:.3f} ms")
+                median, mean = timed(step, options.tokens, options.device)
+                times["fox", name, batch, length] = median
+                say(f"FoX, {name}, batch {batch}, {length} tokens: {median:.3f} ms, mean {mean:.3f}")
                 step = None
     except torch.OutOfMemoryError:
         say(f"FoX, batch {batch}, {length} tokens: out of memory")
