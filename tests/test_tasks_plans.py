@@ -1,50 +1,13 @@
 """One model over two processes, by the plans that it declares, and the layers that no quantizer may touch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import run_two
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from worker_plans import compare_all
 
 from helpers import tiny_fox
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# On each of two processes: the logits and the text of a model that is split are those of the whole one.
-SCRIPT = """
-import sys
-import torch
-from torch import distributed
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-
-import modeling_fox
-from helpers import random_tokens
-
-distributed.init_process_group("gloo")
-tokens, mask = random_tokens(2, 12, vocab_size=96), torch.ones(2, 12, dtype=torch.int64)
-tokens[1, :4] = mask[1, :4] = 0
-
-@torch.no_grad()
-def run(model):
-    logits = model(tokens, attention_mask=mask, use_cache=False).logits
-    return logits * mask[..., None], model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
-
-for folder in sys.argv[1:]:
-    whole_logits, whole_text = run(AutoModelForCausalLM.from_pretrained(folder))
-    for kind in ("tp_size", "pp_size"):
-        part = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**{kind: 2}))
-        mine = sum(x._local_tensor.numel() if hasattr(x, "_local_tensor") else x.numel() for x in part.parameters())
-        logits, text = run(part)
-        error = float((logits - whole_logits).abs().max())
-        sys.stdout.write(f"RESULT {kind} {mine} {error} {torch.equal(text, whole_text)}\\n")
-        sys.stdout.flush()
-distributed.destroy_process_group()
-"""
 
 
 def test_two_processes_compute_and_generate_what_one_does(tmp_path):
@@ -55,17 +18,8 @@ def test_two_processes_compute_and_generate_what_one_does(tmp_path):
         model.save_pretrained(tmp_path / name, max_shard_size="100KB")
         folders.append(str(tmp_path / name))
         total = max(total, model.num_parameters())
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    paths = [ROOT, ROOT / "kernels", ROOT / "tests"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), *folders], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    said = run_two(compare_all, folders, timeout=240)
+    results = [line.split()[1:] for text in said for line in text.splitlines() if line.startswith("RESULT")]
     assert sorted(row[0] for row in results) == ["pp_size"] * 4 + ["tp_size"] * 4
     for kind, mine, error, same_text in results:
         # Stages only hand over what they computed; sums over the ranks are in another order than in one process.

@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("--required", action="store_true", help="fail if the tests cannot be had")
     parser.add_argument("--fetch-only", action="store_true", help="print the folder of the tests and stop")
     options, pytest_arguments = parser.parse_known_args()
-    environment = dict(os.environ, TRANSFORMERS_IS_CI="1", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
+    environment = dict(os.environ, TRANSFORMERS_IS_CI="1", HF_HUB_OFFLINE="1")
     environment.setdefault("OMP_NUM_THREADS", "1")
     try:
         folder = assemble(find_source(transformers.__version__), transformers.__version__)
