@@ -138,9 +138,9 @@ class FusedStep:
 
     Args:
         model: A `FoxForCausalLM` on one device, without RoPE, with plain linear layers.
-        how: `"kernels"`, Triton kernels for a GPU, float32 or bfloat16, up to 64 sequences; `"compiled"`, by
-            `torch.compile`, a minute for each number of sequences; `"plain"`, one operation after the other. Default:
-            None, the first of these that applies.
+        how: `"kernels"`, Triton kernels for a GPU, float32 or bfloat16; `"compiled"`, by `torch.compile`, a minute for
+            each number of sequences; `"plain"`, one operation after the other. Default: None, the first of these that
+            applies.
 
     Raises:
         ValueError: If the model is not as above, or `how` does not apply to it.
@@ -205,7 +205,7 @@ class FusedStep:
             self.cache = None
 
     def _function(self, batch):
-        if self.how == "kernels" and batch <= triton_rows().MOST_ROWS:
+        if self.how == "kernels":
             return FusedStep._by_kernels
         if self.how == "plain":
             return _logits

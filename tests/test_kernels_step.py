@@ -95,7 +95,7 @@ def test_says_what_is_wrong_with_the_products():
 
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("batch", [1, 3, pytest.param(32, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("batch", [1, 67, pytest.param(32, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["norm", "norm-glu", "heads-residual", "gate", "plain"])
 def test_products_with_what_comes_before_and_after_them(kind, batch, device, poisoned_memory):
     from fox_kernels.triton_rows import row_products

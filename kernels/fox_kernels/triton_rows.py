@@ -18,7 +18,8 @@ from .tile_sizes import architecture
 from .triton_forward import dot_precision
 from .triton_slices import early, fetch_ahead, may_overlap, power_of_2
 
-MOST_ROWS = 64
+MOST_ROWS = 32  # of one program
+STAGES_BYTES = 98_304
 GATES = {None: 0, "silu": 1, "sigmoid": 2}
 
 
@@ -46,7 +47,7 @@ def row_products_kernel(
         if GLU:
             fetch_ahead(w_ptr, begin + N, 2 * N - 1, K, K, BLOCK_N)
         gdc_wait()
-    n, b = begin + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_B)
+    n, b = begin + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     is_row = (b < B)[:, None]
     acc = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
@@ -104,7 +105,7 @@ def row_products(
     """Launch the kernel: `(B, N)`, dtype of `x`.
 
     Args:
-        x: `(B, K)`, up to 64 rows, float32 or bfloat16 (float16 times a norm's weight may overflow).
+        x: `(B, K)`, float32 or bfloat16 (float16 times a norm's weight may overflow).
         weight: `(N, K)`, contiguous, dtype of `x`.
         norm: `(K,)`: rows pass an RMSNorm with this weight first.
         head_norm: `(H, D)` with `H * D == K` and D a power of 2, at most 256: each head passes one.
@@ -118,17 +119,22 @@ def row_products(
     num_rows = len(weight) // 2 if glu else len(weight)
     out = x.new_empty(batch, num_rows)
     overlap = may_overlap(architecture(x.device))
-    # As many programs as multiprocessors where that leaves each enough; a tensor core takes 16 rows at least.
-    block_n = 16 if num_rows <= 8192 else 64
+    # As many programs as multiprocessors where that leaves each enough; a tensor core takes 16 rows at least. float32
+    # takes three products, and spills where more of them are in flight.
+    block_n, block_b = 16 if num_rows <= 8192 else 64, min(MOST_ROWS, max(16, power_of_2(batch)))
+    head = 0 if head_norm is None else head_norm.shape[1]
+    block_k = 256 if x.element_size() == 2 else max(64, head)
+    # Bytes of x, its gates and W at a time; two programs or more fit a multiprocessor.
+    stage = block_k * x.element_size() * (block_b * (1 if gate is None else 2) + block_n * (2 if glu else 1))
+    num_stages = max(1, min(4, STAGES_BYTES // stage))
     beside = [x if y is None else y for y in (norm if head_norm is None else head_norm, gate)]
     launch(
-        row_products_kernel, (-(-num_rows // block_n),),
+        row_products_kernel, (-(-num_rows // block_n), -(-batch // block_b)),
         (x, *beside, weight, x if residual is None else residual, out),
         (eps, batch, num_rows, x.stride(0), 0 if gate is None else gate.stride(0),
          0 if residual is None else residual.stride(0), num_rows),
-        K=columns, BLOCK_K=256, BLOCK_B=max(16, power_of_2(batch)), BLOCK_N=block_n, NORM=norm is not None,
-        HEAD=0 if head_norm is None else head_norm.shape[1], GATE=GATES[gate_act], GLU=glu,
-        RESIDUAL=residual is not None, PRECISION=dot_precision(x.dtype), NUM_STAGES=4, OVERLAP=overlap, num_warps=4,
-        **early(overlap),
+        K=columns, BLOCK_K=block_k, BLOCK_B=block_b, BLOCK_N=block_n, NORM=norm is not None, HEAD=head,
+        GATE=GATES[gate_act], GLU=glu, RESIDUAL=residual is not None, PRECISION=dot_precision(x.dtype),
+        NUM_STAGES=num_stages, OVERLAP=overlap, num_warps=4, **early(overlap),
     )  # fmt: skip
     return out
