@@ -1,6 +1,5 @@
 """Fused decoding steps over the cache that forgets: the logits of the model itself, whatever it is made of."""
 
-import os
 from functools import partial
 
 import pytest
@@ -62,14 +61,6 @@ def test_a_fused_step_gives_the_logits_of_the_model(config):
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
     assert torch.equal(plain.report().live_keys, used.report().live_keys) and used.get_seq_length() == LENGTH
     assert config.get("fgate_type") == "none" or int(used.report().live_keys.min()) < LENGTH
-
-
-@pytest.mark.interpret
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
-@pytest.mark.parametrize("config", [{}, {"use_output_gate": False, "use_output_norm": False, "use_k_shift": False}])
-def test_the_kernels_of_products_give_the_logits_of_the_model(config):
-    expected, got, *_ = both(forgetful(num_hidden_layers=1, **config), partial(fused, how="kernels"), steps=2)
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
 def test_it_is_one_graph_for_the_compiler(monkeypatch):

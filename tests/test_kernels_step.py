@@ -3,6 +3,9 @@
 In the interpreter and on a GPU; `tests/test_eviction_step.py` holds the operations against the model.
 """
 
+import os
+from functools import partial
+
 import pytest
 import torch
 
@@ -136,3 +139,13 @@ def test_products_with_what_comes_before_and_after_them(kind, batch, device, poi
             found.append(out + r if kind == "heads-residual" else out)
         got, exact, own = found
         assert_as_accurate_as_torch(got, own, exact)
+
+
+@pytest.mark.interpret
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("config", [{}, {"use_output_gate": False, "use_output_norm": False, "use_k_shift": False}])
+def test_a_model_by_kernels_gives_the_logits_of_the_model(config):
+    from test_eviction_step import both, forgetful, fused
+
+    expected, got, *_ = both(forgetful(num_hidden_layers=1, **config), partial(fused, how="kernels"), steps=2)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
