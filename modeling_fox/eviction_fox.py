@@ -435,7 +435,10 @@ class FoxEvictingCache(Cache):
                     store.make_room(layer, num_new)
 
     def lost_mass_bound(self) -> float:
-        """Largest share of a row of attention that dropped tokens can have had so far, in [0, 1]."""
+        """Largest share of a row of attention that dropped tokens can have had so far, in [0, 1].
+
+        What single steps skip besides is not in it: with what was dropped it stays within the tolerance.
+        """
         bounds = [
             float((store.worst + 2.0 * store.logit_bound[:, None])[store.worst > -torch.inf].max())
             for store in self.pages.stores.values()
