@@ -100,6 +100,7 @@ def test_negative_numbers_and_lists_can_be_overridden():
     [
         ("optimizer.learning_rat=1e-3", "Did you mean optimizer.learning_rate"),
         ("optimiser.learning_rate=1e-3", "Did you mean optimizer"),
+        ("optimizer.lr=1e-3", "unknown recipe key optimizer.lr. Known: .* learning_rate, .*weight_decay"),
         ("data.tokenizer.kin=byte", "Did you mean data.tokenizer.kind"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be a finite number; got nan"),
         ("optimizer.learning_rate=.inf", "must be a finite number"),

@@ -196,11 +196,11 @@ def summary(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`. Did you mean X?`, or the list of known names when none is close."""
+def nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    """`. Did you mean X?`, with `prefix` before it, or the list of known names when none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f". Did you mean {close[0]}?" if close else f". Known: {', '.join(known)}."
+    return f". Did you mean {prefix}{close[0]}?" if close else f". Known: {', '.join(known)}."
 
 
 def is_optional(hint: Any) -> bool:
@@ -254,8 +254,8 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            known = [f"{prefix}.{k}" if prefix else k for k in hints]
-            raise RecipeError(f"unknown recipe key {name}{nearest(name, known)}")
+            # Compared without the section, which all have in common: `optimizer.lr` is not close to `optimizer.name`.
+            raise RecipeError(f"unknown recipe key {name}{nearest(str(key), hints, f'{prefix}.' if prefix else '')}")
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], {} if value is None else value, name)
         else:
