@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 ROWS_HELP = "rows in a step, one number for all sizes or one for each (default: 1)"
 COMPILE_HELP = (
-    "torch.compile each layer, which is compiled once for all, and the loss; the whole model, as run.compile does; or "
+    "torch.compile each layer, which is compiled once for all, and the loss, as run.compile does; the whole model; or "
     "nothing (default: %(default)s)"
 )
 
