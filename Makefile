@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-# pip would compile 15,000 files, on one core, of which a third is ever imported: they are compiled then, and kept.
+# pip would compile 15,000 files, on one core, of which few are ever imported: those are compiled then, and kept.
 PIP := $(RUN) pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
