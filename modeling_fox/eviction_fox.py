@@ -56,7 +56,7 @@ def operators():
     return tuple(import_module(f"{package}.{name}") for name in ("paged", "paged_attention", "paged_step"))
 
 
-# Pages come and go by what Python knows: a compiled model leaves its graph for them. `FusedStep` is made for it.
+# Pages come and go by what Python knows: a compiled model leaves its graph for them. `FusedStep` need not.
 outside_of_compilation = torch.compiler.disable
 
 
@@ -431,7 +431,8 @@ class FoxEvictingCache(Cache):
         """What a step of up to 16 tokens needs done by Python, before a CUDA graph of it is replayed."""
         for store in self.pages.stores.values():
             for layer, length in enumerate(store.num_keys):
-                if length:
+                # Looked at here, too: it is all that most steps come to, and they wait for it.
+                if length and length + num_new > store.pages_end[layer] * store.page_size:
                     store.make_room(layer, num_new)
 
     def lost_mass_bound(self) -> float:

@@ -94,7 +94,7 @@ def test_says_what_a_fused_step_cannot_do():
     assert step(token, cache).shape == (1, 1, model.config.vocab_size)
     with pytest.raises(ValueError, match="`how` must be one of .*; got 'kernels'. Kernels "):
         FusedStep(forgetful(use_multi_skip=True), "kernels")
-    with pytest.raises(ValueError, match="`how` must be one of .*; got 'fast'. "):
+    with pytest.raises(ValueError, match="`how` must be one of .*; got 'fast'. Take the first."):
         FusedStep(model, "fast")
     model.model.layers[1].mlp.up_proj.weight.mul_(2.0)
     with pytest.raises(ValueError, match="`model` must not change under its fused step; its weights did. Build a new"):

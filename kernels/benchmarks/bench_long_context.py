@@ -10,12 +10,13 @@ FoX (Pro) of 125M parameters, random weights in bfloat16, gate biases that forge
 the same width, depth and heads. Parts:
 
 - `speed`: milliseconds of a decoding step after each length and for each batch, of both models, each step replayed
-  from a CUDA graph, median of --tokens steps (the mean beside it): `eager`, the models as they are; `compiled`, both
-  through torch.compile, FoX as a `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`,
-  the `FusedStep` of kernels, beside the compiled Transformer. Caches are filled directly, with random keys, in
-  chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after 131072, too. For
-  the first batch also the bytes of the cache next to those of a cache of everything, and the share of keys that the
-  proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken, for FoX as well.
+  from a CUDA graph, --tokens steps one after the other without a wait (beside it the median of steps that are waited
+  for, in which Python's part shows): `eager`, the models as they are; `compiled`, both through torch.compile, FoX as a
+  `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`, the `FusedStep` of kernels, beside
+  the compiled Transformer. Caches are filled directly, with random keys, in chunks: no prompt is computed. With
+  `--decay-time 100` what is live after 4096 tokens is live after 131072, too. For the first batch also the bytes of
+  the cache next to those of a cache of everything, and the share of keys that the proof dropped. Where the
+  Transformer's cache does not fit, the largest batch that does is taken, for FoX as well.
 - `prompt`: a prompt of --prompt tokens through the model in chunks, its tokens/s, the peak of allocated memory, and
   what of that is known: weights, cache, and the activations that one chunk takes alone.
 
@@ -134,21 +135,20 @@ def dense_cache(model, batch, length, room):
 
 
 def timed(step, tokens, device):
-    """Median and mean of the milliseconds of a call; every 64th step of FoX also looks for what can be dropped."""
-    times = []
+    """Milliseconds of a step: of `tokens` one after the other, and the median of steps that are waited for."""
+    synchronise(device)
+    begin = time.perf_counter()
     for _ in range(tokens):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times), statistics.mean(times)
+        step()
+    synchronise(device)
+    together = 1e3 * (time.perf_counter() - begin) / tokens
+    alone = []
+    for _ in range(tokens):
+        begin = time.perf_counter()
+        step()
+        synchronise(device)
+        alone.append(1e3 * (time.perf_counter() - begin))
+    return together, statistics.median(alone)
 
 
 def fox_step(model, cache, batch):
@@ -226,14 +226,14 @@ def part_speed(fox, dense, options, rows):
     for batch in options.batches:
         times = {}
         for length in options.lengths:
-            fits = largest_batch(dense, length, options.tokens + 8, batch)
+            fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
             for name in beside:
                 time_dense(dense, forwards[name], name, fits, length, options, times)
             if fits < batch:
                 time_fox(fox, steps, fits, [length], options, times, [])
         time_fox(fox, steps, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
         for length in options.lengths:
-            fits = largest_batch(dense, length, options.tokens + 8, batch)
+            fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
             for count in sorted({batch, fits}):
                 tell_speed(count, length, options.modes, times, rows)
 
@@ -241,11 +241,11 @@ def part_speed(fox, dense, options, rows):
 def time_dense(dense, forward, name, batch, length, options, times):
     cache = step = None
     try:
-        cache = dense_cache(dense, batch, length, options.tokens + 8)
+        cache = dense_cache(dense, batch, length, 2 * options.tokens + 8)
         step = dense_step(dense, forward, cache, batch, length)
-        median, mean = timed(step, options.tokens, options.device)
-        times["dense", name, batch, length] = median
-        say(f"Transformer, {name}, batch {batch}, {length} tokens: {median:.3f} ms, mean {mean:.3f}")
+        ms, alone = timed(step, options.tokens, options.device)
+        times["dense", name, batch, length] = ms
+        say(f"Transformer, {name}, batch {batch}, {length} tokens: {ms:.3f} ms, waited for {alone:.3f}")
     except torch.OutOfMemoryError:
         say(f"Transformer, {name}, batch {batch}, {length} tokens: out of memory")
     cache = step = None
@@ -262,9 +262,9 @@ def time_fox(fox, steps, batch, lengths, options, times, rows):
             tell_memory(fox, cache, length, rows)
             for name in options.modes:
                 step = fox_step(steps[name], cache, batch)
-                median, mean = timed(step, options.tokens, options.device)
-                times["fox", name, batch, length] = median
-                say(f"FoX, {name}, batch {batch}, {length} tokens: {median:.3f} ms, mean {mean:.3f}")
+                ms, alone = timed(step, options.tokens, options.device)
+                times["fox", name, batch, length] = ms
+                say(f"FoX, {name}, batch {batch}, {length} tokens: {ms:.3f} ms, waited for {alone:.3f}")
                 step = None
     except torch.OutOfMemoryError:
         say(f"FoX, batch {batch}, {length} tokens: out of memory")
@@ -315,7 +315,9 @@ def part_prompt(fox, options, rows):
         fox(chunk_of(), past_key_values=cache, use_cache=True, logits_to_keep=1)
         if number % max(len(chunks) // 10, 1) == 0:
             synchronise(options.device)
-            say(f"prompt: {start + options.chunk} tokens after {time.perf_counter() - begin:.1f} s")
+            peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else 0.0
+            seconds = time.perf_counter() - begin
+            say(f"prompt: {start + options.chunk} tokens after {seconds:.1f} s, peak {peak:.1f} MiB so far")
     synchronise(options.device)
     seconds = time.perf_counter() - begin
     report = cache.report()

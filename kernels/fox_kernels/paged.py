@@ -142,6 +142,7 @@ class PagedKeys:
         self.worst = torch.full(heads, -torch.inf, **per_head)
         self.logit_bound = torch.full((num_layers, num_heads), torch.inf, **per_head)
         self.key_start: torch.Tensor | None = None
+        self._page_bytes: int | None = None
         self.free = torch.empty(0, dtype=torch.int32, device=self.device)
         # What Python knows without asking the device.
         self.is_bounded = [False] * num_layers
@@ -428,8 +429,10 @@ class PagedKeys:
 
     def page_bytes(self) -> int:
         """Bytes of one page: keys, values and decays."""
-        pools = (self.keys, self.values, self.within, self.starts, self.masses)
-        return sum(math.prod(x.shape[1:]) * x.element_size() for x in pools)
+        if self._page_bytes is None:
+            pools = (self.keys, self.values, self.within, self.starts, self.masses)
+            self._page_bytes = sum(math.prod(x.shape[1:]) * x.element_size() for x in pools)
+        return self._page_bytes
 
     def memory_bytes(self) -> int:
         """Bytes held: the pool, used or not, and the tables."""
