@@ -94,6 +94,8 @@ def test_says_what_is_wrong_with_the_products():
         ValueError, match="parts must be torch.float32 on cpu, as the cache; got torch.bfloat16 on cpu"
     ):
         paged_step(rows[0].bfloat16(), cache, 0, columns)
+    with pytest.raises(ValueError, match=r"past_value must be \(2, 1, 2, 16\) torch.float32, contiguous, as it is"):
+        paged_step(rows[0], cache, 0, columns, past_value=torch.zeros(2, 1, 16, 2).transpose(2, 3))
 
 
 @torch.no_grad()

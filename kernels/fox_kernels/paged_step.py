@@ -66,6 +66,13 @@ def paged_step(
             f"parts must be {cache.keys.dtype} on {cache.device}, as the cache; got {parts.dtype} on {parts.device}. "
             "Build a new cache after the model was moved or cast."
         )
+    expected = (cache.batch, 1, cache.num_kv_heads, dim)
+    for name, x in (("past_key", past_key), ("past_value", past_value)):
+        if x is not None and (x.shape != expected or not x.is_contiguous() or x.dtype != parts.dtype):
+            raise ValueError(
+                f"{name} must be {expected} {parts.dtype}, contiguous, as it is written to; got {tuple(x.shape)} "
+                f"{x.dtype} with strides {x.stride()}."
+            )
     scale = float(dim**-0.5 if scale is None else scale)
     beside = (past_key, past_value, q_norm, k_norm, gate_bias)
     with torch.inference_mode(False), torch.no_grad(), on_device_of(parts):
