@@ -110,6 +110,15 @@ def _is_capturing(x):
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def check_kind(name, x, cache):
+    """Refuse what is not of the cache's dtype and device."""
+    if x.device != cache.device or x.dtype != cache.keys.dtype:
+        raise ValueError(
+            f"{name} must be {cache.keys.dtype} on {cache.device}, as the cache; got {x.dtype} on {x.device}. Build a "
+            "new cache after the model was moved or cast."
+        )
+
+
 def _check_against(cache, q, k, log_fgate):
     batch, num_heads, num_new, head_dim = q.shape
     expected = (cache.batch, cache.num_heads, cache.num_kv_heads, cache.head_dim)
@@ -118,11 +127,7 @@ def _check_against(cache, q, k, log_fgate):
             f"q and k must be of the (batch, heads, key heads, head_dim) of the cache, {expected}, and of one length; "
             f"got {tuple(q.shape)} and {tuple(k.shape)}. Build a new cache for another batch."
         )
-    if q.device != cache.device or q.dtype != cache.keys.dtype:
-        raise ValueError(
-            f"q must be {cache.keys.dtype} on {cache.device}, as the cache; got {q.dtype} on {q.device}. Build a new "
-            "cache after the model was moved or cast."
-        )
+    check_kind("q", q, cache)
     if log_fgate.shape != q.shape[:3] or log_fgate.dtype != torch.float32:
         raise ValueError(
             f"log_fgate must be {tuple(q.shape[:3])} float32, one gate per query head and new key; got "

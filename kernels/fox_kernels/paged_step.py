@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .forgetting_attention import _require_triton, on_device_of
 from .paged import PagedKeys
-from .paged_attention import _is_capturing, attend_to_live, paged_attention
+from .paged_attention import _is_capturing, attend_to_live, check_kind, paged_attention
 
 try:
     from . import triton_step
@@ -61,11 +61,7 @@ def paged_step(
             f"parts must be ({cache.batch}, {max(ends)} or more), a row for each sequence with queries, keys and "
             f"values; got {tuple(parts.shape)} and columns {columns}."
         )
-    if parts.device != cache.device or parts.dtype != cache.keys.dtype:
-        raise ValueError(
-            f"parts must be {cache.keys.dtype} on {cache.device}, as the cache; got {parts.dtype} on {parts.device}. "
-            "Build a new cache after the model was moved or cast."
-        )
+    check_kind("parts", parts, cache)
     expected = (cache.batch, 1, cache.num_kv_heads, dim)
     for name, x in (("past_key", past_key), ("past_value", past_value)):
         if x is not None and (x.shape != expected or not x.is_contiguous() or x.dtype != parts.dtype):

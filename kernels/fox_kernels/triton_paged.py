@@ -46,6 +46,27 @@ LOWEST_GATE = tl.constexpr(-9000.0)  # paged.LOWEST_GATE
 
 
 @triton.jit
+def append_decay(gate, total, within_ptr, starts_ptr, page, slot, g, is_head, G: tl.constexpr, PAGE: tl.constexpr):
+    """Write where one token lies in its page: `total (BLOCK_G,)` float64 bits with its `gate`, which is returned."""
+    starts = starts_ptr + page * (2 * G) + g
+    high = total.to(tl.float32)
+    if slot == 0:
+        tl.store(starts, high, mask=is_head)
+        tl.store(starts + G, (total - high.to(tl.float64)).to(tl.float32), mask=is_head)
+        start = total
+    else:
+        start = tl.load(starts, mask=is_head, other=0.0).to(tl.float64)
+        start += tl.load(starts + G, mask=is_head, other=0.0).to(tl.float64)
+    total += tl.where(gate < LOWEST_GATE, LOWEST_GATE, gate).to(tl.float64) * _LOG2_E
+    within = total - start
+    high = within.to(tl.float32)
+    at = within_ptr + page * (2 * G * PAGE) + g * PAGE + slot
+    tl.store(at, high, mask=is_head)
+    tl.store(at + G * PAGE, (within - high.to(tl.float64)).to(tl.float32), mask=is_head)
+    return total
+
+
+@triton.jit
 def append_pages_kernel(
     k_ptr, v_ptr, gate_ptr, keys_ptr, values_ptr, within_ptr, starts_ptr, total_ptr, table_ptr, length_ptr, T, H_kv,
     table_len, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, gate_stride_b, gate_stride_h,
@@ -63,22 +84,8 @@ def append_pages_kernel(
         position = first + t
         slot = position % PAGE
         page = tl.load(table_ptr + program * table_len + ((position // PAGE) & (table_len - 1))).to(tl.int64)
-        starts = starts_ptr + page * (2 * G) + g
-        high = total.to(tl.float32)
-        if slot == 0:
-            tl.store(starts, high, mask=is_head)
-            tl.store(starts + G, (total - high.to(tl.float64)).to(tl.float32), mask=is_head)
-            start = total
-        else:
-            start = tl.load(starts, mask=is_head, other=0.0).to(tl.float64)
-            start += tl.load(starts + G, mask=is_head, other=0.0).to(tl.float64)
         gate = tl.load(gate_at + t * gate_stride_t, mask=is_head, other=0.0)
-        total += tl.where(gate < LOWEST_GATE, LOWEST_GATE, gate).to(tl.float64) * _LOG2_E
-        within = total - start
-        high = within.to(tl.float32)
-        at = within_ptr + page * (2 * G * PAGE) + g * PAGE + slot
-        tl.store(at, high, mask=is_head)
-        tl.store(at + G * PAGE, (within - high.to(tl.float64)).to(tl.float32), mask=is_head)
+        total = append_decay(gate, total, within_ptr, starts_ptr, page, slot, g, is_head, G, PAGE)
         k = tl.load(k_ptr + batch * k_stride_b + kv_head * k_stride_h + t * k_stride_t + d, mask=d < D, other=0.0)
         v = tl.load(v_ptr + batch * v_stride_b + kv_head * v_stride_h + t * v_stride_t + d, mask=d < D, other=0.0)
         to = (page * PAGE + slot) * D + d

@@ -13,10 +13,8 @@ import triton.language as tl
 
 from .launch import launch
 from .tile_sizes import architecture, padded_head_dim
-from .triton_paged import LOWEST_GATE
+from .triton_paged import append_decay
 from .triton_slices import early, may_overlap, power_of_2, wait
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -68,7 +66,7 @@ def step_pages_kernel(
     head = kv_head * G + g
     parts_ptr += batch * parts_stride
 
-    # 1. Decay, as in `append_pages_kernel`.
+    # 1. Decay.
     gate = tl.zeros([BLOCK_G], tl.float32)
     if LOGITS:
         gate += tl.load(parts_ptr + gate_at + head, mask=is_head, other=0.0).to(tl.float32)
@@ -77,21 +75,7 @@ def step_pages_kernel(
     if LOGITS or BIAS:
         gate = _log_sigmoid(gate)
     total = tl.load(total_ptr + program * G + g, mask=is_head, other=0.0)
-    starts = starts_ptr + page * (2 * G) + g
-    high = total.to(tl.float32)
-    if slot == 0:
-        tl.store(starts, high, mask=is_head)
-        tl.store(starts + G, (total - high.to(tl.float64)).to(tl.float32), mask=is_head)
-        start = total
-    else:
-        start = tl.load(starts, mask=is_head, other=0.0).to(tl.float64)
-        start += tl.load(starts + G, mask=is_head, other=0.0).to(tl.float64)
-    total += tl.where(gate < LOWEST_GATE, LOWEST_GATE, gate).to(tl.float64) * _LOG2_E
-    within = total - start
-    high = within.to(tl.float32)
-    at = within_ptr + page * (2 * G * PAGE) + g * PAGE + slot
-    tl.store(at, high, mask=is_head)
-    tl.store(at + G * PAGE, (within - high.to(tl.float64)).to(tl.float32), mask=is_head)
+    total = append_decay(gate, total, within_ptr, starts_ptr, page, slot, g, is_head, G, PAGE)
 
     # 2. Key and value.
     k = tl.load(parts_ptr + key_at + kv_head * D + d, mask=is_dim, other=0.0)

@@ -93,13 +93,7 @@ class Agent(training.Agent):
     @property
     def epsilon(self) -> float:
         """Share of random actions now."""
-        options = self.options
-        if self.step < options.start_steps:
-            return 1.0
-        if options.noisy:
-            return 0.0
-        progress = min(1.0, self.step / max(1.0, options.epsilon_fraction * options.total_steps))
-        return 1.0 + progress * (options.epsilon_end - 1.0)
+        return epsilon(self.options, self.step)
 
     def advance(self) -> dict[str, float]:
         """One step of all environments, and an update for every `train_every` of them."""
@@ -167,6 +161,16 @@ def learn(agent: Agent) -> dict[str, float]:
 def next_actions(agent: Agent, following: Tensor) -> Tensor:
     """Actions that the target is built on, `(B,)`."""
     return (agent.network if agent.options.double else agent.target).values(following).argmax(dim=-1)
+
+
+def epsilon(options: Options, step: int) -> float:
+    """Share of random actions after so many steps."""
+    if step < options.start_steps:
+        return 1.0
+    if options.noisy:
+        return 0.0
+    progress = min(1.0, step / max(1.0, options.epsilon_fraction * options.total_steps))
+    return 1.0 + progress * (options.epsilon_end - 1.0)
 
 
 def value_error(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from fox_rl.agents.common import build_q_network
-from fox_rl.agents.dqn import Options, value_error
+from fox_rl.agents.dqn import Options, epsilon, value_error
 from fox_rl.experiments.many_td3 import Graphed
 from fox_rl.experiments.workers import EnvironmentPool
 from fox_rl.q_network import QNetwork
@@ -261,15 +261,6 @@ def refresh(many: ManyDQN, pruners: dict[int, MaskedPruner], updates: int) -> No
             pruner.step_count = updates - 1
             pruner.step()
             many.drop(run, pruner.masks)
-
-
-def epsilon(options: Options, step: int) -> float:
-    """Share of random actions after so many steps, as of the agent without noisy layers."""
-    if step < options.start_steps:
-        return 1.0
-    return 1.0 + min(1.0, step / max(1.0, options.epsilon_fraction * options.total_steps)) * (
-        options.epsilon_end - 1.0
-    )
 
 
 def explore(
