@@ -209,7 +209,8 @@ def train_many(
 
     timed, watch = followed(report, *runs[0])
     options = Options(env_id=env_id, total_steps=steps, start_steps=5_000)
-    train(env_id, runs, options, timed, workers=workers, eval_every=max(1, steps // 15), graphs=graphs, watch=watch)
+    every = max(1, steps // 20)
+    train(env_id, runs, options, timed, workers=workers, eval_every=every, eval_episodes=2, graphs=graphs, watch=watch)
 
 
 def early_stop(env_id: str, name: str) -> Callable[[int, int | None], list[Job]]:

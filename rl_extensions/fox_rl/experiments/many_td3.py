@@ -141,13 +141,17 @@ class ManyTD3:
         )
         row = 2 * self.observation_size + self.action_size + 2  # observation, action, following, reward, terminated
         self.rows = torch.zeros(self.num_runs, capacity, row, device=device)
-        self.incoming = torch.zeros(self.num_runs, row, device=device)
-        self.pinned = torch.zeros(self.num_runs, row, pin_memory=on_gpu)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.size = torch.zeros(1, dtype=torch.long, device=device)
-        self.observation = torch.zeros(self.num_runs, 1, self.observation_size, device=device)
-        self.action = torch.zeros(self.num_runs, 1, self.action_size, device=device)
-        self.value_and_potential = torch.zeros(2, self.num_runs, device=device)
+
+        def at_host(*size: int) -> Tensor:
+            return torch.zeros(*size, pin_memory=on_gpu)
+
+        # What goes to the device and back, in memory that its graphs read and write themselves.
+        self.sent_row = at_host(self.num_runs, row)
+        self.sent_observation = at_host(self.num_runs, self.observation_size)
+        self.received_action = at_host(self.num_runs, self.action_size)
+        self.received_values = at_host(2, self.num_runs)
         self.generator: torch.Generator | None = None  # PyTorch's own
         functions = (
             self._receive, self._act, lambda: self._update(with_actor=False), lambda: self._update(with_actor=True)
@@ -176,33 +180,41 @@ class ManyTD3:
 
     def choose(self, observation: np.ndarray) -> np.ndarray:
         """The actors' actions in [-1, 1], `(S, O)` to `(S, A)`."""
-        self.observation.copy_(torch.from_numpy(observation)[:, None])
+        self.sent_observation.numpy()[:] = observation
         self.act()
-        return self.action[:, 0].cpu().numpy()
+        return self._read(self.received_action)
 
     def add(self, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Store a transition of every run, columns as in `split`; returns its value and its squared error, `(S,)`."""
-        self.pinned.copy_(torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32)))
-        self.incoming.copy_(self.pinned, non_blocking=True)
+        np.concatenate(columns, axis=1, out=self.sent_row.numpy(), casting="unsafe")
         self.receive()
-        value, potential = self.value_and_potential.cpu().numpy()
+        value, potential = self._read(self.received_values)
         return value, potential
+
+    def _read(self, received: Tensor) -> np.ndarray:
+        """What the device has written, once it has."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return received.numpy().copy()
 
     @torch.no_grad()
     def _act(self) -> None:
-        self.action.copy_(self.actor(self.observation).tanh())
+        observation = self.sent_observation.to(self.device, non_blocking=True)[:, None]
+        self.received_action.copy_(self.actor(observation).tanh()[:, 0], non_blocking=True)
 
     @torch.no_grad()
     def _receive(self) -> None:
-        self.rows.index_copy_(1, self.place, self.incoming[:, None])
+        incoming = self.sent_row.to(self.device, non_blocking=True)[:, None]
+        self.rows.index_copy_(1, self.place, incoming)
         self.place.add_(1).remainder_(self.capacity)
         self.size.add_(1).clamp_(max=self.capacity)
-        batch = self.split(self.incoming[:, None])
+        batch = self.split(incoming)
         value = self.critics(batch["observation"], batch["action"]).amin(dim=0)
         following = batch["following"]
         target = self.target_critics(following, self.target_actor(following).tanh()).amin(dim=0)
         target = td_target(batch["reward"], target, batch["terminated"], self.options.discount)
-        self.value_and_potential.copy_(torch.stack([value, (target - value).square()]).squeeze(-1))
+        values = torch.stack([value, (target - value).square()]).squeeze(-1)
+        self.received_values.copy_(values, non_blocking=True)
 
     def _update(self, with_actor: bool) -> None:
         shape = (self.num_runs, self.options.batch_size)
