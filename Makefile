@@ -13,6 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 # pip would compile 15,000 files, on one core, of which few are ever imported: those are compiled then, and kept.
+# The pip that a Python brings along may be years old, and thinks twice as long about the same packages.
 PIP := $(RUN) pip install --quiet --disable-pip-version-check --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -20,8 +21,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$(TORCH)"
-	$(PIP) -e ".[dev]"
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed
