@@ -73,7 +73,8 @@ class LearnToStop:
         self._open_q = np.full((num_envs, horizon), np.nan, np.float32)
         self._open_potential = np.full((num_envs, horizon), np.nan, np.float32)
         self._never = self.generator.random(num_envs) < keep_fraction
-        self._medians: dict[int, tuple[np.ndarray, ...]] = {}
+        self._rows = np.arange(num_envs)
+        self._medians: dict[int, list[tuple[int, float, float]]] = {}
 
     def update(self, step_index: np.ndarray, q: np.ndarray, potential: np.ndarray) -> np.ndarray:
         """Take in one transition of every episode and say which to stop after it.
@@ -86,22 +87,19 @@ class LearnToStop:
         Returns:
             `(n,)` bool. The caller ends these episodes, as truncated, and then calls `episode_end`.
         """
-        rows = np.arange(self.num_envs)
-        if np.any(step_index >= self.horizon):
-            raise ValueError(f"step_index must be below horizon {self.horizon}; got {int(np.max(step_index))}.")
-        self._open_q[rows, step_index] = q
-        self._open_potential[rows, step_index] = potential
+        steps = step_index.tolist()
+        if max(steps) >= self.horizon:
+            raise ValueError(f"step_index must be below horizon {self.horizon}; got {max(steps)}.")
+        self._open_q[self._rows, step_index] = q
+        self._open_potential[self._rows, step_index] = potential
         self.num_steps += self.num_envs
         stop = np.zeros(self.num_envs, dtype=bool)
-        if self.num_steps < self.start_step:
-            return stop
-        for env in np.flatnonzero(~self._never):
-            stop[env] = self._is_hopeless(int(step_index[env]), float(q[env]), float(potential[env]))
+        if self.num_steps >= self.start_step and self._num_episodes >= self.min_valid:
+            for env, step in enumerate(steps):
+                stop[env] = not self._never[env] and self._is_hopeless(step, float(q[env]), float(potential[env]))
         return stop
 
     def _is_hopeless(self, step: int, q: float, potential: float) -> bool:
-        if self._num_episodes < self.min_valid:
-            return False
         count, eps, usual = self._usual(step)
         if count < self.min_valid:
             return False
@@ -120,9 +118,9 @@ class LearnToStop:
             q = self._q[rows, columns]
             potential = np.where(np.isnan(q), np.nan, self._potential[rows, columns])
             count = (~np.isnan(q)).sum(axis=0)
-            self._medians[block] = (count, _column_medians(q, count), _column_medians(potential, count))
-        count, eps, usual = (x[place] for x in self._medians[block])
-        return int(count), float(eps), float(usual)
+            usual = (count, _column_medians(q, count), _column_medians(potential, count))
+            self._medians[block] = list(zip(*(x.tolist() for x in usual), strict=True))
+        return self._medians[block][place]
 
     def _recent_rows(self) -> np.ndarray:
         """Rows of the last `window` episodes; their order does not matter."""
