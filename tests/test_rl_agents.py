@@ -201,7 +201,7 @@ def test_the_command_on_a_card_is_the_run(monkeypatch):
     assert common.command_of(options).startswith("python -m fox_rl.agents.dqn --env-id 'a b' ")
 
 
-def test_the_command_line_says_in_one_line_what_is_wrong(capsys, monkeypatch):
+def test_the_command_line_says_in_one_line_what_is_wrong(capsys, monkeypatch, tmp_path):
     def call(name, *arguments):
         module = importlib.import_module(f"fox_rl.agents.{name}")
         assert training.main(module.Agent, module.Options, module.__doc__, list(arguments)) == 2
@@ -211,6 +211,12 @@ def test_the_command_line_says_in_one_line_what_is_wrong(capsys, monkeypatch):
 
     assert "num_envs must be at least 1; got 0" in call("dqn", "--num-envs", "0")
     assert "doesn't exist" in call("td3", "--env-id", "NoSuchTask-v0")
+
+    folder = tmp_path / "run"
+    common.claim_folder(pqn_options(folder, width=32, total_steps=100))
+    common.claim_folder(pqn_options(folder, width=32, total_steps=200))  # a run may be made longer
+    err = call("pqn", *shlex.split(common.command_of(pqn_options(width=16)))[3:], "--output-dir", str(folder))
+    assert f"width must be 32 to go on with the run in {folder}; got 16." in err
 
     def missing(*_, **__):
         raise gym.error.DependencyNotInstalled("MuJoCo is not installed")

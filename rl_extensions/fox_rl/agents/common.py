@@ -116,6 +116,32 @@ def check_run_options(options: RunOptions) -> None:
             raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(options, name)!r}.")
 
 
+# What a run may change when it goes on.
+FREE_OPTIONS = (
+    "total_steps", "device", "output_dir", "tracker", "log_every", "checkpoint_every", "eval_episodes", "video_dir",
+    "push_to_hub",
+)  # fmt: skip
+
+
+def claim_folder(options: RunOptions, is_main: bool = True) -> None:
+    """Write options.json into `output_dir`, or raise a ValueError if the run that is there has other options."""
+    if not options.output_dir:
+        return
+    path, own = Path(options.output_dir) / "options.json", dataclasses.asdict(options)
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else own
+    for name, value in own.items():
+        if name not in FREE_OPTIONS and there.get(name, value) != value:
+            raise ValueError(
+                f"{name} must be {there[name]!r} to go on with the run in {options.output_dir}; got {value!r}. "
+                "Give a new run an output_dir of its own."
+            )
+    if is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name("options.json.tmp")
+        temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
 def make_environments(
     env_id: str, num_envs: int, mode: AutoresetMode = AutoresetMode.SAME_STEP, *, evaluation: bool = False, **options
 ) -> VectorEnv:

@@ -158,11 +158,12 @@ def run(agent: Agent, quiet: bool = False, report: Callable[..., None] | None = 
     """Train, or go on from the checkpoint in `options.output_dir`.
 
     Args:
-        agent: Fresh.
+        agent: Fresh; with the options of the run in that folder, but for `common.FREE_OPTIONS`.
         quiet: No progress bar.
         report: Called like `Log.write` with every line of the log.
     """
     options, accelerator = agent.options, agent.accelerator
+    common.claim_folder(options, accelerator.is_main_process)
     folder = Path(options.output_dir) if options.output_dir else None
     checkpoint = None if folder is None else folder / f"checkpoint_{accelerator.process_index}.pt"
     state = None if checkpoint is None else common.load_checkpoint(checkpoint)
@@ -239,10 +240,11 @@ def trunk_diagnostics(module: nn.Module, features: Callable[[], torch.Tensor]) -
 
 
 def main(agent_class: type[Agent], options_class: type, description: str, argv: list[str] | None = None) -> int:
-    """Command line of an agent; an option that no agent can have, or a missing package, is said in one line."""
+    """Command line of an agent; an option that it cannot have, or a missing package, is said in one line."""
     options = common.options_from_command_line(options_class, description, argv)
     try:
         agent = agent_class(options)
+        common.claim_folder(options, agent.accelerator.is_main_process)
     except (ValueError, ImportError, gym.error.Error) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
