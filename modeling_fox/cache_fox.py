@@ -11,7 +11,7 @@ Shapes: B batch, H query heads, H_kv key heads, S cached tokens, D head dim.
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_torchdynamo_compiling
 
 try:
@@ -460,12 +460,12 @@ class FoxStaticLayer(Offloads, StaticLayer):
                 state.copy_(state.index_select(batch_dim, beam_idx.to(state.device)))
 
 
-def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
+def prepare_cache(cache: Cache, model: PreTrainedModel) -> None:
     """Make sure that `cache` can hold the gates; an empty `DynamicCache()` built without a config is filled in place.
 
     Raises:
-        ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them; or if it is
-            static and the model is being exported.
+        ValueError: If the cache already holds keys but no gates, or is of a kind that cannot hold them; if it is
+            static and the model is being exported; or if it drops tokens and is of other weights.
     """
     if cache.is_compileable and is_exporting():
         raise ValueError(
@@ -475,10 +475,12 @@ def prepare_cache(cache: Cache, config: PreTrainedConfig) -> None:
     # Not by isinstance: code loaded from the Hub has a second set of classes with the same methods.
     kinds = {type(layer) for layer in cache.layers}
     if kinds and all(hasattr(kind, "update_gate") for kind in kinds):
+        if hasattr(cache, "check_weights"):
+            cache.check_weights(model)
         return
     is_empty = all(type(layer) is DynamicLayer and layer.get_seq_length() == 0 for layer in cache.layers)
     if type(cache) is DynamicCache and is_empty:
-        cache.layers = DynamicCache(config=config).layers
+        cache.layers = DynamicCache(config=model.config).layers
         cache.layer_class_to_replicate = None
         return
     raise ValueError(

@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig, configuration_utils
@@ -34,8 +35,8 @@ except ImportError:
     paged = paged_attention = paged_step = None
 
 STALE = (
-    "`past_key_values` must be computed with the present weights; they were updated since. Build a new cache, and "
-    "feed the tokens that should be remembered again."
+    "`past_key_values` must be computed with the present weights; they were updated since, or are those of another "
+    "model. Build a new cache, and feed the tokens that should be remembered again."
 )
 
 
@@ -86,6 +87,39 @@ class CacheReport(NamedTuple):
             f"{int(self.live_keys.min()) if live else 0} to {int(self.live_keys.max()) if live else 0} a head), "
             f"{self.memory_bytes / 2**20:.1f} MiB, at most {self.lost_mass_bound:.1e} of a row of attention lost "
             f"({'proven' if self.is_proven else 'NOT within the tolerance: max_cache_bytes is too small for it'})"
+        )
+
+
+class Weights:
+    """The weights that a model has now, to see later whether it still has them; cheap enough for every step.
+
+    Shows weights that were written to or exchanged, and modules that others took the place of, such as adapters. What
+    is written through `.data` does not show. Holds on to nothing.
+
+    Args:
+        with_addresses: Show, too, what was moved, cast or given other memory. Not where weights are sharded, and have
+            other memory each time that they are gathered.
+    """
+
+    def __init__(self, model: nn.Module, with_addresses: bool = False):
+        self.model, self.with_addresses = weakref.ref(model), with_addresses
+        # Not those that wait on the CPU or the disk for their turn, which is another tensor each time.
+        self.parameters = [weakref.ref(x) for x in model.parameters() if not x.is_meta]
+        self.parents = [weakref.ref(x) for x in model.modules() if x._modules]
+        self.state = self._state()
+
+    def have_changed(self, model: nn.Module | None = None) -> bool:
+        """Whether they are others now, or those of another model than `model`."""
+        return self.state != self._state() or (model is not None and self.model() is not model)
+
+    def _state(self):
+        parameters, parents = [x() for x in self.parameters], [x() for x in self.parents]
+        if any(x is None for x in parameters) or any(x is None for x in parents):
+            return None
+        return (
+            [None if x.is_inference() else x._version for x in parameters],
+            [x.data_ptr() for x in parameters if self.with_addresses],
+            [id(child) for parent in parents for child in parent._modules.values()],
         )
 
 
@@ -156,7 +190,6 @@ class FoxEvictingLayer(FoxDynamicLayer):
 
     def _drop_own_states(self):
         super()._drop_own_states()
-        self._weights: list | None = None
         self.longest_key: torch.Tensor | None = None
 
     def _store(self):
@@ -175,7 +208,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
         """In place of a backend: store T new tokens and attend from them to all that is live, whatever the backend.
 
         Args:
-            module: The attention layer, for the bound on its scores and to see that its weights stay what they are.
+            module: The attention layer, for the bound on its scores.
             query: `(B, H, T, D)`; key, value: `(B, H_kv, T, D)`; log_fgate: `(B, H, T)` fp32 nats. New tokens only.
             attention_mask: Not looked at: the cache knows what is hidden.
 
@@ -183,11 +216,15 @@ class FoxEvictingLayer(FoxDynamicLayer):
             `(B, T, H, D)` and None.
 
         Raises:
-            ValueError: If the weights changed under the cache, a score is beyond the given bound, or the pages do not
-                fit the tensors.
+            ValueError: If a score is beyond the given bound, or the pages do not fit the tensors.
         """
+        own = self._store()
+        if own is not None and own.device != query.device:
+            raise ValueError(
+                f"`past_key_values` must be on the device of its layer, {query.device}; got pages on {own.device}. "
+                "Build a new cache after the model was moved."
+            )
         store = self.pages.store(query, key)
-        self._check_weights(module)
         if self.pages.logit_bound is not None:
             self._check_scores(query, key, scaling)
         if not store.is_bounded[self.layer_idx]:
@@ -201,15 +238,6 @@ class FoxEvictingLayer(FoxDynamicLayer):
             query, key, value, log_fgate, store, self.layer_idx, scale=scaling, may_evict=not self.record_past
         )
         return out.transpose(1, 2), None
-
-    def _check_weights(self, module):
-        if self._weights is None or not self.get_seq_length():
-            self._weights = [(weakref.ref(x), x._version) for x in module.parameters() if not x.is_inference()]
-            return
-        for reference, version in self._weights:
-            parameter = reference()
-            if parameter is None or parameter._version != version:
-                raise ValueError(STALE)
 
     def _check_scores(self, query, key, scaling):
         """Compare the bound that was given with the longest query and the longest key so far; waits for the device."""
@@ -247,11 +275,15 @@ class FoxEvictingLayer(FoxDynamicLayer):
     def update_shift(self, name: str, projection: torch.Tensor) -> None:
         """As in `FoxDynamicLayer`, in place, so that a CUDA graph finds it again."""
         past = getattr(self, f"shift_{name}")
-        if past is None or self.record_past or past.shape != projection[:, -1:].shape or past.is_inference():
+        newest = projection[:, -1:].detach()
+        if self.record_past:
             with torch.inference_mode(False), torch.no_grad():
                 super().update_shift(name, projection.detach())
+        elif past is None or past.shape != newest.shape or past.is_inference():
+            with torch.inference_mode(False):
+                setattr(self, f"shift_{name}", newest.clone(memory_format=torch.contiguous_format))
         else:
-            past.copy_(projection[:, -1:].detach())
+            past.copy_(newest)
 
     def activate_past_recording(self):
         """As in `FoxDynamicLayer`; from now on nothing is dropped on account of tokens that may be taken back.
@@ -355,6 +387,7 @@ class FoxEvictingCache(Cache):
             raise ValueError(f"`max_cache_bytes` must be a positive number; got {max_cache_bytes}. None is no limit.")
         operators()
         self.pages = _Pages(config, log_pruning_tolerance, page_size, max_cache_bytes, logit_bound)
+        self.weights: Weights | None = None
         super().__init__(layers=[FoxEvictingLayer(self.pages, i) for i in range(config.num_hidden_layers)])
 
     @outside_of_compilation
@@ -400,15 +433,20 @@ class FoxEvictingCache(Cache):
             self.pages.set_key_start(first)
         return new
 
-    def check_weights(self) -> None:
-        """Refuse to go on after a weight update. The layers do so too, at the next token.
+    @outside_of_compilation
+    def check_weights(self, model: nn.Module | None = None) -> None:
+        """Refuse to go on after a weight update. A FoxModel calls it before every token.
+
+        Args:
+            model: That will read the cache; remembered with the first token. Default: None, not looked at.
 
         Raises:
-            ValueError: If the weights are not those with which the cached tokens were computed.
+            ValueError: If the weights are not those with which the cached tokens were computed; see `Weights`.
         """
-        for layer in self.layers:
-            if layer.get_seq_length() and any(x() is None or x()._version != old for x, old in layer._weights):
-                raise ValueError(STALE)
+        if self.pages.num_tokens() == 0:
+            self.weights = None if model is None else Weights(model)
+        elif self.weights is not None and self.weights.have_changed(model):
+            raise ValueError(STALE)
 
     def start_over(self, which: torch.Tensor) -> None:
         """The next token of the sequences `which`, `(B,)` bool, is the first of a new episode: it sees none before."""

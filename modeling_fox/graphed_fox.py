@@ -4,24 +4,21 @@
 
 A step of one token waits for launches and for small kernels, not for arithmetic. `FusedStep` computes what the model
 does with one product where several weights meet the same input, and leaves what lies between products and attention
-to `torch.compile`, or to kernels that take it into the products, seven a layer. `GraphedStep` replays either as a CUDA
-graph.
+to `torch.compile`. `GraphedStep` replays it as a CUDA graph.
 
 Letters:  B batch, H query heads, H_kv key heads, D head dim, E hidden size, V vocabulary.
 """
 
 import itertools
-import os
 import types
 import weakref
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .eviction_fox import FoxEvictingCache, operators
+from .eviction_fox import FoxEvictingCache, Weights, operators
 
 # What a CUDA graph of a step has the addresses of.
 READ_BY_A_STEP = (
@@ -31,7 +28,8 @@ READ_BY_A_STEP = (
 # Rows of a product start at multiples of 16 bytes.
 ALIGNED = 64
 
-HOW = ("compiled", "kernels", "plain")
+HOW = ("compiled", "plain")
+CHANGED = "`model` must keep its weights under a step that was made of it; they changed. Make a new one."
 _steps: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -49,14 +47,6 @@ def attend_to_pages(parts: torch.Tensor, heads: int, dim: int, number: int, laye
 @attend_to_pages.register_fake
 def _(parts, heads, dim, number, layer):
     return parts.new_empty(len(parts), heads, dim)
-
-
-def triton_rows():
-    """The module `triton_rows` of fox_kernels, or of the kernel of the Hub in its place; None without Triton."""
-    try:
-        return import_module(f"{operators()[0].__name__.rpartition('.')[0]}.triton_rows")
-    except ImportError:
-        return None
 
 
 class LayerWeights(NamedTuple):
@@ -130,15 +120,31 @@ class LayerWeights(NamedTuple):
         )
 
 
-class Weights:
-    """The weights of a model, to see whether they changed in place; cheap enough for every step."""
+def one_store(cache: FoxEvictingCache):
+    """The pages of a cache that a fused or graphed step can go on from.
 
-    def __init__(self, model: nn.Module):
-        self.parameters = [x for x in model.parameters() if not x.is_inference()]
-        self.versions = [x._version for x in self.parameters]
+    Raises:
+        ValueError: If it is another.
+    """
+    pages, is_recording = cache.pages, cache.layers[0].record_past
+    if len(pages.stores) != 1 or pages.logit_bound is not None or is_recording:
+        raise ValueError(
+            "`cache` must hold a prompt on one device, have no `logit_bound` and not be for assisted decoding; got "
+            f"{cache.get_seq_length()} tokens on {len(pages.stores)} devices, logit_bound={pages.logit_bound}, "
+            f"recording={is_recording}. Feed the prompt to the model, or call the model itself."
+        )
+    (store,) = pages.stores.values()
+    return store
 
-    def have_changed(self) -> bool:
-        return self.versions != [x._version for x in self.parameters]
+
+def check_tokens(input_ids: torch.Tensor, store) -> None:
+    """Refuse what is not one token for each sequence of `store`."""
+    if input_ids.shape != (store.batch, 1):
+        raise ValueError(
+            f"`input_ids` must be ({store.batch}, 1), one token for each sequence of the cache; got "
+            f"{tuple(input_ids.shape)}. Feed more tokens to the model itself, and other sequences to a cache of "
+            "their own."
+        )
 
 
 class FusedStep:
@@ -149,76 +155,67 @@ class FusedStep:
 
     Args:
         model: A `FoxForCausalLM` on one device, without RoPE, with plain linear layers.
-        how: `"compiled"`, by `torch.compile`, which takes some seconds for each number of sequences; `"kernels"`,
-            Triton kernels for a GPU, float32 or bfloat16; `"plain"`, one operation after the other. An H100 took 0.91,
-            0.98 and 1.26 ms compiled and 0.94, 1.06 and 1.28 ms by kernels, Python's part and all, after 4096, 32768
-            and 131072 tokens of one sequence.
+        how: `"compiled"`, by `torch.compile`, which takes some seconds for each number of sequences, or `"plain"`, one
+            operation after the other.
 
     Raises:
-        ValueError: If the model is not as above, or `how` does not apply to it.
+        ValueError: If the model is not as above, or `how` neither of these.
     """
 
     def __init__(self, model: nn.Module, how: str = "compiled"):
-        self.config, self.device = model.config, model.device
+        base = getattr(model, "model", None)
+        if not (hasattr(base, "layers") and hasattr(model, "lm_head")):
+            raise ValueError(
+                f"`model` must be a FoxForCausalLM; got a {type(model).__name__}. Take the language model itself, and "
+                "merge adapters into it first."
+            )
+        self.model, self.config, self.device = model, model.config, model.device
         if self.config.use_rope or len({x.device for x in model.parameters()}) != 1:
             raise ValueError(
                 "`model` must be on one device, without RoPE, for a fused step; got "
                 f"{sorted({str(x.device) for x in model.parameters()})}, use_rope={self.config.use_rope}. Call the "
                 "model itself."
             )
-        self.number, self.cache = next(_numbers), None
+        if how not in HOW:
+            raise ValueError(f"`how` must be one of {HOW}; got {how!r}. Take the first.")
+        self.how, self.number, self.cache = how, next(_numbers), None
         _steps[self.number] = self
-        base = model.model
-        self.weights = Weights(model)
         self.layers = [LayerWeights.of(layer) for layer in base.layers]
         self.scaling = base.layers[0].self_attn.scaling
         self.act_fn = base.layers[0].mlp.act_fn
         self.ogate_act = getattr(base.layers[0].self_attn, "ogate_act", None)
         self.embeddings = base.embed_tokens.weight.detach()
         self.norm, self.head = base.norm.weight.detach(), model.lm_head.weight.detach()
-        reason = self._against_kernels() if how == "kernels" else None
-        if how not in HOW or reason:
-            raise ValueError(f"`how` must be one of {HOW}; got {how!r}. {reason or 'Take the first.'}")
-        self.how = how
-        self._compiled = {}
-
-    def _against_kernels(self) -> str | None:
-        """Why the kernels do not apply, or None."""
-        config, dtype = self.config, self.embeddings.dtype
-        if triton_rows() is None or (self.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"):
-            return "Kernels need Triton and a GPU."
-        if dtype not in (torch.float32, torch.bfloat16) or config.head_dim & (config.head_dim - 1):
-            return f"Kernels need float32 or bfloat16 and a power of 2 as head_dim; got {dtype}, {config.head_dim}."
-        if config.hidden_act not in ("silu", "swish") or config.use_multi_skip:
-            return "Kernels are for hidden_act='silu' and models without multi-skip."
-        return None
+        self.weights, self.sums = Weights(model, with_addresses=True), self._sums_of_weights()
+        self._compiled, self._seen = {}, weakref.WeakSet()
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, cache: FoxEvictingCache) -> torch.Tensor:
         """Feed `input_ids (B, 1)`, none of them padding; returns the logits `(B, 1, V)`.
 
         Raises:
-            ValueError: If weights changed, or `cache` does not hold a prompt, has a `logit_bound`, or records tokens
-                that may be taken back.
+            ValueError: If weights changed, `input_ids` has another shape, or `cache` does not hold a prompt, has a
+                `logit_bound`, or records tokens that may be taken back.
         """
-        if self.weights.have_changed():
-            raise ValueError("`model` must not change under its fused step; its weights did. Build a new FusedStep.")
-        if cache.pages.logit_bound is not None or len(cache.pages.stores) != 1 or cache.layers[0].record_past:
-            raise ValueError(
-                "`cache` must hold a prompt, have no `logit_bound` and not be for assisted decoding, in a fused step; "
-                f"got {cache.get_seq_length()} tokens, logit_bound={cache.pages.logit_bound}, recording="
-                f"{cache.layers[0].record_past}. Call the model itself."
-            )
-        cache.check_weights()
+        store = one_store(cache)
+        check_tokens(input_ids, store)
+        is_new = store not in self._seen
+        if self.weights.have_changed() or (is_new and not torch.equal(self._sums_of_weights(), self.sums)):
+            raise ValueError(CHANGED)
+        cache.check_weights(self.model.model)
+        self._seen.add(store)
         self.cache = cache
         try:
             return self._function(len(input_ids))(self, input_ids)
         finally:
             self.cache = None
 
+    @torch.no_grad()
+    def _sums_of_weights(self):
+        """Looked at once for each prompt: merged adapters are written where no version of a tensor shows it."""
+        return torch.stack([x.sum(dtype=torch.float64) for x in self.model.parameters()])
+
     def _function(self, batch):
-        if self.how == "kernels":
-            return FusedStep._by_kernels
         if self.how == "plain":
             return _logits
         if batch not in self._compiled:
@@ -236,20 +233,6 @@ class FusedStep:
             q_norm=weights.q_norm, k_norm=weights.k_norm, gate_bias=weights.fgate_bias,
             eps=self.config.qk_norm_eps, scale=self.scaling,
         )  # fmt: skip
-
-    def _by_kernels(self, input_ids):
-        """`(B, 1, V)`: four products a layer, and attention."""
-        products, eps = triton_rows().row_products, self.config.rms_norm_eps
-        hidden = F.embedding(input_ids[:, 0], self.embeddings)
-        for idx, weights in enumerate(self.layers):
-            parts = products(hidden, weights.inputs, norm=weights.before, eps=eps)
-            out, gate = self.attend_to_pages(idx, parts).flatten(1), {}
-            if weights.ogate is not None:
-                gate = {"gate": parts[:, weights.ogate], "gate_act": self.config.output_gate_act}
-            hidden = products(out, weights.outputs, head_norm=weights.output_norm, eps=eps, residual=hidden, **gate)
-            inner = products(hidden, weights.mlp, norm=weights.after, eps=eps, glu=True)
-            hidden = products(inner, weights.down, residual=hidden)
-        return products(hidden, self.head, norm=self.norm, eps=eps)[:, None]
 
     def attend(self, idx: int, weights: LayerWeights, states: torch.Tensor) -> torch.Tensor:
         """Attention of layer `idx`, `(B, E)` to `(B, E)`."""
@@ -282,10 +265,12 @@ def _logits(self: FusedStep, input_ids):
 class GraphedStep:
     """A decoding step of `model` over an evicting cache, replayed as a CUDA graph; for a loop of one's own.
 
-    Recorded anew when the pool or a table has grown, which becomes rare. The prompt goes through the model itself.
+    Recorded anew, after a step without a graph, when the pool or a table has grown, which becomes rare, and when
+    sequences were exchanged or the cache was filled anew. The prompt goes through the model itself.
 
     Args:
-        model: A FoX model on one CUDA device, without RoPE, or a `FusedStep` of it, which is faster.
+        model: A `FusedStep`, or a FoX model itself on one CUDA device, without RoPE, which is slower. A graph computes
+            what the model did when it was recorded: adapters that are switched on or off afterwards do not show.
         cache: Evicting cache that holds a prompt of at least one token.
 
     Raises:
@@ -293,15 +278,14 @@ class GraphedStep:
     """
 
     def __init__(self, model: nn.Module | FusedStep, cache: FoxEvictingCache):
-        if model.config.use_rope or model.device.type != "cuda" or len(cache.pages.stores) != 1:
+        if model.config.use_rope or model.device.type != "cuda":
             raise ValueError(
-                "`model` must be on one CUDA device, without RoPE, and `cache` hold a prompt; got "
-                f"{model.device}, use_rope={model.config.use_rope} and {cache.get_seq_length()} tokens."
+                "`model` must be on one CUDA device, without RoPE, for a CUDA graph; got "
+                f"{model.device}, use_rope={model.config.use_rope}. Call the model itself."
             )
-        if cache.pages.logit_bound is not None:
-            raise ValueError("`logit_bound` must be None in a CUDA graph; got one, which waits for the device.")
+        one_store(cache)
         self.model, self.cache = model, cache
-        self.weights = model.weights if isinstance(model, FusedStep) else Weights(model)
+        self.weights = model.weights if isinstance(model, FusedStep) else Weights(model, True)
         self.graph = self.input_ids = self.logits = self._addresses = self._seen = None
 
     @torch.no_grad()
@@ -309,39 +293,45 @@ class GraphedStep:
         """Feed one token a sequence, `(B, 1)`; returns the logits `(B, 1, V)`, overwritten by the next call.
 
         Raises:
-            ValueError: If the weights are not those with which the cached tokens were computed.
+            ValueError: If weights changed, `input_ids` has another shape, or the cache is none to go on from.
         """
-        if self.graph is None or self.weights.have_changed():
-            self.cache.check_weights()
+        store = one_store(self.cache)
+        check_tokens(input_ids, store)
+        if self.weights.have_changed():
+            raise ValueError(CHANGED)
         self.cache.make_room(1)
         if self.input_ids is None or self.input_ids.shape != input_ids.shape:
-            # Plain, once: kernels are compiled and memory is set up.
-            self.input_ids, self.graph = input_ids.clone(), None
-            return self._step()
+            self.input_ids, self._addresses = input_ids.to(store.device, copy=True), None
         self.input_ids.copy_(input_ids)
-        (store,) = self.cache.pages.stores.values()
         # What follows a graph waits for Python: nothing is looked at that cannot have changed.
-        seen = (store, store.changes, id(self.cache.layers[0].shift_keys))
-        if self.graph is None or seen != self._seen:
-            self._record_if_moved(store)
+        seen = (weakref.ref(store), store.changes)
+        if seen != self._seen:
+            addresses = self._addresses_of(store)
+            if addresses != self._addresses:
+                # Without a graph, once: kernels are compiled and memory is set up.
+                self.graph, self._addresses = None, addresses
+                return self._step()
             self._seen = seen
+        if self.graph is None:
+            self._record(store)
         self.graph.replay()
         store.num_keys = [x + (x > 0) for x in store.num_keys]
         return self.logits
 
-    def _record_if_moved(self, store):
-        tensors = [getattr(store, name) for name in READ_BY_A_STEP]
+    def _addresses_of(self, store):
+        """What a graph is of: the pages, where and how large all is, and whether steps look for what they can skip."""
+        tensors = [self.input_ids, *(getattr(store, name) for name in READ_BY_A_STEP)]
         tensors += [x for layer in self.cache.layers for x in (layer.shift_keys, layer.shift_values)]
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
-        addresses += [operators()[1].skips_in_steps(store, layer) for layer in range(store.num_layers)]
-        if self.graph is not None and addresses == self._addresses:
-            return
+        skips = [operators()[1].skips_in_steps(store, layer) for layer in range(store.num_layers)]
+        return weakref.ref(store), [None if x is None else (x.data_ptr(), x.shape) for x in tensors], skips
+
+    def _record(self, store):
         lengths = list(store.num_keys)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = self._step()
         # Recording moved what Python knows, and nothing on the device.
-        store.num_keys, self._addresses = lengths, addresses
+        store.num_keys = lengths
 
     def _step(self):
         if isinstance(self.model, FusedStep):

@@ -460,7 +460,7 @@ class FoxModel(FoxPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if past_key_values is not None:
-            prepare_cache(past_key_values, self.config)
+            prepare_cache(past_key_values, self)
         elif use_cache:
             past_key_values = DynamicCache(config=self.config)
 

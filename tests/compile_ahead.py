@@ -26,7 +26,6 @@ from fox_kernels import (
     triton_gates,
     triton_paged,
     triton_pruning,
-    triton_rows,
     triton_step,
 )
 from fox_kernels.decode import empty_sums
@@ -128,9 +127,6 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned):
     norms = [torch.empty(count, head_dim, dtype=dtype) for count in (heads, kv_heads)]
     parts = torch.empty(1, 4 * heads * head_dim, dtype=dtype)
     rest = (pages.totals[0], table, length)
-    weight = torch.empty(48, heads * head_dim, dtype=dtype)
-    gate = dict(gate=parts, gate_act="silu", residual=weight[:1, :48])
-    triton_rows.row_products(q[:, :, 0].flatten(1), weight, head_norm=norms[0], **gate)
     triton_step.prepare(parts, columns, past, past, *norms, torch.empty(heads), 1e-6, *pool, *rest)
 
 

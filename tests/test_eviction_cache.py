@@ -178,6 +178,18 @@ def test_changed_weights_are_refused():
         step(model, tokens, cache)
     cache.reset()
     assert step(model, tokens, cache).shape == (1, 4, 97)
+    with pytest.raises(ValueError, match="they were updated since, or are those of another model. Build a new cache"):
+        step(copy.deepcopy(model), tokens, cache)
+    (store,) = cache.pages.stores.values()
+    store.device = torch.device("meta")
+    with pytest.raises(ValueError, match="must be on the device of its layer, cpu; got pages on meta. Build a new"):
+        step(model, tokens, cache)
+    store.device = torch.device("cpu")
+    # The keys of later layers are made of what the MLP gave.
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="they were updated since"):
+        step(model, tokens, cache)
 
 
 @torch.no_grad()

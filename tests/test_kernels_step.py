@@ -3,15 +3,12 @@
 In the interpreter and on a GPU; `tests/test_eviction_step.py` holds the operations against the model.
 """
 
-import os
-from functools import partial
-
 import pytest
 import torch
 
 from fox_kernels.paged import PagedKeys
 from fox_kernels.paged_step import _plain, paged_step
-from helpers import DEVICES, assert_as_accurate_as_torch
+from helpers import DEVICES
 
 POOL = ("keys", "values", "within", "starts")
 
@@ -96,58 +93,3 @@ def test_says_what_is_wrong_with_the_products():
         paged_step(rows[0].bfloat16(), cache, 0, columns)
     with pytest.raises(ValueError, match=r"past_value must be \(2, 1, 2, 16\) torch.float32, contiguous, as it is"):
         paged_step(rows[0], cache, 0, columns, past_value=torch.zeros(2, 1, 16, 2).transpose(2, 3))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("batch", [1, 67, pytest.param(32, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("kind", ["norm", "norm-glu", "heads-residual", "gate", "plain"])
-def test_products_with_what_comes_before_and_after_them(kind, batch, device, poisoned_memory):
-    from fox_kernels.triton_rows import row_products
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    columns, rows = (768, 2050) if device == "cuda" else (288, 34)  # neither is full blocks
-    x, weight = draw(batch, columns) * 3.0, draw(2 * rows if kind == "norm-glu" else rows, columns) / columns**0.5
-    parts, norm, residual = draw(batch, 2 * columns), draw(columns), draw(batch, rows)
-    for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
-        found = []
-        for where, kept in ((device, dtype), ("cpu", torch.float64), ("cpu", dtype)):
-            a, w, wide, n, r = (t.to(dtype).to(where, kept) for t in (x, weight, parts, norm, residual))
-            gate, heads = wide[:, 7 : 7 + columns], n.view(-1, 32)
-            if where == device and not found:
-                options = {
-                    "norm": {"norm": n},
-                    "norm-glu": {"norm": n, "glu": True},
-                    "heads-residual": {"head_norm": heads, "gate": gate, "gate_act": "silu", "residual": r},
-                    "gate": {"gate": gate, "gate_act": "sigmoid"},
-                    "plain": {},
-                }
-                found.append(row_products(a, w, eps=1e-5, **options[kind]).cpu())
-                continue
-            if "norm" in kind:
-                a = torch.rms_norm(a, (columns,), n, 1e-5)
-            elif kind == "heads-residual":
-                a = (torch.rms_norm(a.view(batch, -1, 32), (32,), None, 1e-5) * heads).flatten(1)
-                a = a * torch.nn.functional.silu(gate)
-            elif kind == "gate":
-                a = a * gate.sigmoid()
-            out = a @ w.T
-            if kind == "norm-glu":
-                out = torch.nn.functional.silu(out[:, :rows]) * out[:, rows:]
-            found.append(out + r if kind == "heads-residual" else out)
-        got, exact, own = found
-        assert_as_accurate_as_torch(got, own, exact)
-
-
-@pytest.mark.interpret
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="set TRITON_INTERPRET=1")
-@pytest.mark.parametrize("config", [{}, {"use_output_gate": False, "use_output_norm": False, "use_k_shift": False}])
-def test_a_model_by_kernels_gives_the_logits_of_the_model(config):
-    from test_eviction_step import both, forgetful, fused
-
-    expected, got, *_ = both(forgetful(num_hidden_layers=1, **config), partial(fused, how="kernels"), steps=2)
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)

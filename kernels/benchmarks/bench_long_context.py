@@ -12,11 +12,11 @@ the same width, depth and heads. Parts:
 - `speed`: milliseconds of a decoding step after each length and for each batch, of both models, each step replayed
   from a CUDA graph, --tokens steps one after the other without a wait (beside it the median of steps that are waited
   for, in which Python's part shows): `eager`, the models as they are; `compiled`, both through torch.compile, FoX as a
-  `FusedStep`, the Transformer as `generate` does it with a static cache; `kernels`, the `FusedStep` of kernels, beside
-  the compiled Transformer. Caches are filled directly, with random keys, in chunks: no prompt is computed. With
-  `--decay-time 100` what is live after 4096 tokens is live after 131072, too. For the first batch also the bytes of
-  the cache next to those of a cache of everything, and the share of keys that the proof dropped. Where the
-  Transformer's cache does not fit, the largest batch that does is taken, for FoX as well.
+  `FusedStep`, the Transformer as `generate` does it with a static cache. Caches are filled directly, with random
+  keys, in chunks: no prompt is computed. With `--decay-time 100` what is live after 4096 tokens is live after 131072,
+  too. For the first batch also the bytes of the cache next to those of a cache of everything, and the share of keys
+  that the proof dropped. Where the Transformer's cache does not fit, the largest batch that does is taken, for FoX as
+  well.
 - `prompt`: a prompt of --prompt tokens through the model in chunks, its tokens/s, the peak of allocated memory, and
   what of that is known: weights, cache, and the activations that one chunk takes alone.
 
@@ -42,7 +42,6 @@ sys.path.insert(0, str(ROOT))
 from modeling_fox import FoxConfig, FoxEvictingCache, FoxForCausalLM, FusedStep, GraphedStep
 
 FILL = 4096  # tokens that the cache is filled with at a time
-BESIDE = {"eager": "eager", "compiled": "compiled", "kernels": "compiled"}  # the Transformer that FoX is compared with
 SPARE = 3 * 2**30  # bytes that the largest batch leaves free
 BEGAN = time.perf_counter()
 
@@ -222,12 +221,11 @@ def tell_memory(fox, cache, length, rows):
 def part_speed(fox, dense, options, rows):
     steps = {name: fox if name == "eager" else FusedStep(fox, name) for name in options.modes}
     forwards = {"eager": dense, "compiled": torch.compile(dense)}
-    beside = list(dict.fromkeys(BESIDE[name] for name in options.modes))
     for batch in options.batches:
         times = {}
         for length in options.lengths:
             fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
-            for name in beside:
+            for name in options.modes:
                 time_dense(dense, forwards[name], name, fits, length, options, times)
             if fits < batch:
                 time_fox(fox, steps, fits, [length], options, times, [])
@@ -276,7 +274,7 @@ def tell_speed(batch, length, modes, times, rows):
     for name in modes:
         ms = {
             "fox": times.get(("fox", name, batch, length)),
-            "dense": times.get(("dense", BESIDE[name], batch, length)),
+            "dense": times.get(("dense", name, batch, length)),
         }
         text = "  ".join(
             f"{x} {ms[x]:.3f} ms {batch / ms[x] * 1e3:.0f} tokens/s" if ms[x] else f"{x}: not measured" for x in ms
@@ -356,8 +354,8 @@ def main():
     parser.add_argument(
         "--modes",
         nargs="+",
-        choices=["eager", "compiled", "kernels"],
-        default=["eager", "compiled", "kernels"],
+        choices=["eager", "compiled"],
+        default=["eager", "compiled"],
         help="default: all",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -377,8 +375,6 @@ def main():
     parser.add_argument("--json", type=Path, help="where the rows go")
     options = parser.parse_args()
     options.prompt = -(-options.prompt // options.chunk) * options.chunk
-    if options.device == "cpu":
-        options.modes = [name for name in options.modes if name != "kernels"]
     warnings.filterwarnings("ignore")
     torch.set_grad_enabled(False)
     fox, dense = build(options)

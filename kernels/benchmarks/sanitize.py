@@ -75,10 +75,9 @@ PAGED_CASES = {
     "pages": ("bfloat16", 2, 4, 2, 3, 200, 64, {}),
     "pages-float32": ("float32", 1, 2, 2, 1, 130, 64, {}),
 }
-ROW_CASES = {"rows": ("bfloat16", 3, 288, 50), "rows-float32": ("float32", 1, 512, 33)}
 QUICK = [
     "plain", "two-passes", "without-gluon", "window-closed-gates", "packed", "paper", "tight", "decode",
-    "decode-pruned", "decode-tight", "pages", "pages-float32", "rows",
+    "decode-pruned", "decode-tight", "pages", "pages-float32",
 ]  # fmt: skip
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -175,24 +174,7 @@ def pages(name, where):
         close_enough(f"{name} {begin}", sizes[0], got, expected[:, :, part])
 
 
-def rows(name, where):
-    """Products of a few rows with a norm before and a residual after them, and with gates."""
-    if where != "cuda":
-        return
-    from fox_kernels.triton_rows import row_products
-
-    dtype, batch, columns, num_rows = ROW_CASES[name]
-    x, norm, residual = (torch.randn(*shape) for shape in ((batch, columns), (columns,), (batch, num_rows)))
-    weight = torch.randn(2 * num_rows, columns) / columns**0.5
-    x, norm, residual, weight = (y.to(getattr(torch, dtype)) for y in (x, norm, residual, weight))
-    on_gpu = [y.to(where) for y in (x, norm, residual, weight)]
-    got = row_products(on_gpu[0], on_gpu[3], norm=on_gpu[1], glu=True, residual=on_gpu[2])
-    x, norm, residual, weight = (y.float() for y in (x, norm, residual, weight))
-    gate, up = (torch.rms_norm(x, (columns,), norm, 1e-6) @ weight.T).chunk(2, dim=1)
-    close_enough(name, dtype, got, torch.nn.functional.silu(gate) * up + residual)
-
-
-KINDS = {attend: CASES, decode: DECODE_CASES, pages: PAGED_CASES, rows: ROW_CASES}
+KINDS = {attend: CASES, decode: DECODE_CASES, pages: PAGED_CASES}
 
 
 @contextmanager
