@@ -81,7 +81,7 @@ def test_environments_in_other_processes_are_those_of_this_one(pool):
 def test_the_control_has_the_mean_length_that_least_has_had_last(pool):
     world = Runs(pool, [("least", 3), ("random", 3), ("random", 4)], options())
     first = world.observation.copy()
-    world.lengths[0] = [100] * 19
+    world.lengths[0], world.lengths[1] = [100] * 19, [50] * 20
     world.step_index[:] = 39
     truncated = np.array([True, False, False])
     world.finish(first.copy(), np.zeros(3, dtype=bool), truncated, np.zeros(3), np.zeros(3))
@@ -89,6 +89,24 @@ def test_the_control_has_the_mean_length_that_least_has_had_last(pool):
     assert [stopper.hazard for stopper in world.stoppers[1:]] == [hazard_for(97.0, 200), 0.0]
     assert (world.observation[0] != first[0]).any() and (world.observation[1:] == first[1:]).all()
     assert world.num_stopped.sum() == world.saved_steps.sum() == 0
+
+
+@pytest.mark.parametrize("natural", [0.0, 0.01])
+def test_the_control_keeps_up_with_least_whatever_ends_its_episodes(pool, monkeypatch, natural):
+    """Lengths of LEAST that scatter and change; `natural`: how often the control's episodes end by themselves."""
+    world = Runs(pool, [("least", 0), ("random", 0)], options(stop_start=0.0))
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(world.pool, "reset", lambda numbers, seeds=None: world.observation[numbers])
+    monkeypatch.setattr(world.stoppers[0], "update", lambda *_: generator.random(1) < 1 / usual)
+    monkeypatch.setattr(world.stoppers[0], "episode_end", lambda *_: None)
+    for step in range(12_000):
+        usual = 120 if step > 6000 else 20
+        terminated = np.array([False, generator.random() < natural])
+        truncated = ~terminated & (world.step_index[:, 0] >= 199)
+        world.finish(world.observation, terminated, truncated, np.zeros(2), np.zeros(2))
+    least, control = (np.mean(x) for x in world.lengths)
+    assert 30 < least < 70 and abs(control - least) < 0.1 * least
+    assert world.num_stopped[1] > 50 and (sum(world.terminated[1]) > 50) == (natural > 0)
 
 
 def test_a_stop_is_counted_with_the_steps_that_it_saves(pool):

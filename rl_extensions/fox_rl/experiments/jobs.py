@@ -201,25 +201,29 @@ def train_many_dqn(
 
 
 def train_many(
-    report: Report, env_id: str, runs: list[tuple[str, int]], steps: int, workers: int, graphs: bool = True
-) -> None:
+    report: Report, env_id: str, runs: list[tuple[str, int]], steps: int, workers: int, graphs: bool = True,
+    eval_episodes: int = 2,
+) -> None:  # fmt: skip
     """All arms and seeds of TD3 in one process."""
     from fox_rl.agents.td3 import Options
     from fox_rl.experiments.many_td3 import train
 
     timed, watch = followed(report, *runs[0])
     options = Options(env_id=env_id, total_steps=steps, start_steps=5_000)
-    every = max(1, steps // 20)
-    train(env_id, runs, options, timed, workers=workers, eval_every=every, eval_episodes=2, graphs=graphs, watch=watch)
+    train(
+        env_id, runs, options, timed, workers=workers, eval_every=max(1, steps // 15), eval_episodes=eval_episodes,
+        graphs=graphs, watch=watch,
+    )  # fmt: skip
 
 
-def early_stop(env_id: str, name: str) -> Callable[[int, int | None], list[Job]]:
+def early_stop(env_id: str, name: str, eval_episodes: int) -> Callable[[int, int | None], list[Job]]:
     """TD3, LEAST and random resets; a core for each environment where there are as many."""
 
     def jobs(seeds: int, steps: int | None) -> list[Job]:
         runs = [(arm, seed) for arm in ("none", "least", "random") for seed in range(seeds)]
         workers = max(1, min(len(runs), (os.cpu_count() or 1) - 2))
         settings = {"env_id": env_id, "runs": runs, "steps": steps or 300_000, "workers": workers}
+        settings["eval_episodes"] = eval_episodes
         return [Job(name, "all", train_many, settings, 10_000)]
 
     return jobs
@@ -275,9 +279,9 @@ EXPERIMENTS = {
     "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
     "early-stop-halfcheetah": Experiment(
         "TD3, LEAST, random resets on HalfCheetah-v5 (mujoco, GPU)",
-        early_stop("HalfCheetah-v5", "early-stop-halfcheetah"),
-        seeds=5,
+        early_stop("HalfCheetah-v5", "early-stop-halfcheetah", 2),
+        tail=0.2,
     ),
-    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant"), seeds=5),
+    "early-stop-ant": Experiment("the same on Ant-v5", early_stop("Ant-v5", "early-stop-ant", 1), tail=0.2),
     "throughput": Experiment("steps/s next to Stable-Baselines3", throughput, seeds=3, score="steps_per_second"),
 }

@@ -250,12 +250,12 @@ class Runs:
 
     Args:
         pool: Its first S environments are those of the runs.
-        runs: (arm, seed) of each run; the control of a seed has the mean episode length of LEAST with that seed, as
-            it has been over its last 20 episodes.
+        runs: (arm, seed) of each run; the control of a seed follows the mean episode length of LEAST with that seed.
         options: Of TD3.
 
     Attributes:
         lengths: Of the finished episodes of each run.
+        terminated: Whether they ended by themselves, before the horizon.
         num_stopped: Stopped episodes of each run.
         saved_steps: Steps that these would have had left to the horizon.
     """
@@ -280,6 +280,7 @@ class Runs:
         self.noise_ahead = np.zeros((0, len(runs), 1))
         self.step_index = np.zeros((len(runs), 1), dtype=np.int64)
         self.lengths: list[list[int]] = [[] for _ in runs]
+        self.terminated: list[list[bool]] = [[] for _ in runs]
         self.num_stopped, self.saved_steps = np.zeros((2, len(runs)), dtype=np.int64)
         self.low, self.high = pool.action_space.low, pool.action_space.high
         self.observation = pool.reset(self.numbers, np.array([seed for _, seed in runs])).astype(np.float32)
@@ -317,20 +318,34 @@ class Runs:
             self.num_stopped += stopped
             self.saved_steps += stopped * (self.horizon - self.step_index[:, 0])
             for i in np.flatnonzero(ended):
-                self._end(i, stopped[i : i + 1])
+                self._end(i, stopped[i : i + 1], bool(terminated[i]))
             self.observation[ended] = self.pool.reset(np.flatnonzero(ended))
             self.step_index[ended] = 0
 
-    def _end(self, i: int, stopped: np.ndarray) -> None:
+    def _end(self, i: int, stopped: np.ndarray, terminated: bool) -> None:
         (arm, seed), stopper = self.runs[i], self.stoppers[i]
         self.lengths[i].append(int(self.step_index[i, 0]))
+        self.terminated[i].append(terminated)
         if stopper is not None:
             stopper.episode_end(np.array([True]), stopped)
         if arm == "least":
             self.deviation[i] = self.noise.sigma(stopper.stopped_at)
-            if ("random", seed) in self.runs:
-                length = max(1.0, float(np.mean(self.lengths[i][-20:])))
-                self.stoppers[self.runs.index(("random", seed))].hazard = hazard_for(length, self.horizon)
+        if arm != "none" and {("least", seed), ("random", seed)} <= set(self.runs):
+            self._follow(self.runs.index(("least", seed)), self.runs.index(("random", seed)))
+
+    def _follow(self, least: int, control: int, recent: int = 20) -> None:
+        """Give the control the hazard with which its episodes become as long as those of LEAST have been last.
+
+        Both make the same steps, so the same mean length is the same number of episodes: what the control has too
+        many or too few it makes up for over as many as `recent`. What ends by itself needs no stop.
+        """
+        if not self.lengths[least]:
+            return
+        length = max(1.0, float(np.mean(self.lengths[least][-recent:])))
+        own, steps = sum(self.terminated[control][-recent:]), sum(self.lengths[control][-recent:])
+        ahead = (len(self.lengths[control]) - len(self.lengths[least])) / recent
+        hazard = max(0.0, hazard_for(length, self.horizon) - own / max(1, steps))
+        self.stoppers[control].hazard = min(1.0, hazard * min(max(1.0 - ahead, 0.0), 2.0))
 
 
 def evaluate(many: ManyTD3, world: Runs, episodes: int) -> np.ndarray:
