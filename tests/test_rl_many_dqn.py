@@ -67,15 +67,16 @@ def test_many_runs_in_one_are_the_single_runs(changes):
 
 
 def test_each_run_keeps_its_own_last_transitions():
-    many = ManyDQN([dqn.Agent(options()).network for _ in range(2)], 3, options(), torch.device("cpu"))
-    many.add({})
+    settings = options(multi_steps=3)
+    many = ManyDQN([dqn.Agent(settings).network for _ in range(2)], 3, settings, torch.device("cpu"))
+    many.add(np.zeros(0, dtype=np.int64), None)
     for number in range(4):
-        rows = {x: np.full((1, 4), float(number)) for x in ("observation", "following")}
-        rows |= {x: np.array([float(number)]) for x in ("action", "reward", "terminated", "factor")}
-        complete = {0: rows} if number < 3 else {0: rows, 1: {x: np.concatenate([v, v + 1]) for x, v in rows.items()}}
-        many.add(complete)
+        runs = np.array([0, 1, 1][: 1 if number < 3 else 3])
+        value = number + np.array([0.0, 0.0, 1.0])[: len(runs)]
+        rows = {x: np.repeat(value[:, None], 4, axis=1) for x in ("observation", "following")}
+        many.add(runs, rows | dict.fromkeys(("action", "reward", "terminated", "factor"), value))
     assert many.size[:, 0].tolist() == [3, 2]
-    assert many.rows[:, 0].tolist() == [3, 1, 2, 3, 4, 0] and many.rows[4].tolist() == [4.0] * 12
+    assert many.rows[:-1, 0].tolist() == [3, 1, 2, 3, 4, 0] and many.rows[4].tolist() == [4.0] * 12
 
 
 def test_it_explores_like_the_agent():
@@ -123,14 +124,19 @@ def test_graphs_do_what_the_functions_do():
     for graphs in (False, True):
         many = ManyDQN(networks, 64, options(batch_size=32), torch.device("cuda"), graphs)
         torch.manual_seed(1)
-        many.rows.copy_(batches(1, 3 * 64, torch.Generator().manual_seed(0))[0][0])
-        many.size.fill_(64)
+        stored = batches(3, 64, torch.Generator().manual_seed(0))[0].numpy()
+        for number in range(64):
+            row = stored[:, number]
+            columns = {"observation": row[:, :4], "following": row[:, 4:8]}
+            columns |= {x: row[:, 8 + i] for i, x in enumerate(("action", "reward", "terminated", "factor"))}
+            many.add(np.arange(3), columns)
         many.drop(1, {"trunk.out.0.weight": torch.rand(16, 16, device="cuda") > 0.5})
         chosen = []
         for number in range(8):
             many.update()
             chosen.append(many.choose(np.random.default_rng(number).normal(size=(3, 4)).astype(np.float32)))
-        assert many.num_graphs == 2 * graphs
+        assert many.num_graphs == 3 * graphs
+        np.testing.assert_array_equal(many.rows[:-1].cpu().numpy(), stored.reshape(3 * 64, 12))
         both.append((np.concatenate(chosen), many.weights))
     np.testing.assert_array_equal(both[0][0], both[1][0])
     for name, weight in both[0][1].items():

@@ -169,12 +169,16 @@ class MultiStep:
         num_envs: n.
         steps: 1 for single steps, 3 in Rainbow.
         discount: gamma.
+
+    Attributes:
+        envs: Environment of each of the rows that were returned last, ascending.
     """
 
     def __init__(self, num_envs: int, steps: int, discount: float):
         if steps < 1:
             raise ValueError(f"steps must be at least 1; got {steps}.")
         self.steps, self.discount = steps, discount
+        self.envs = np.zeros(0, dtype=np.int64)
         self.open: list[deque] = [deque() for _ in range(num_envs)]
 
     def add(
@@ -183,6 +187,7 @@ class MultiStep:
     ) -> dict[str, np.ndarray] | None:  # fmt: skip
         """One step of every environment, `(n, ...)` each; returns the rows that are complete now, or None."""
         rows: list[tuple] = []
+        envs: list[int] = []
         for env, waiting in enumerate(self.open):
             waiting.append((observation[env], action[env], float(reward[env])))
             while waiting and (len(waiting) == self.steps or ended[env]):
@@ -190,6 +195,8 @@ class MultiStep:
                 factor = self.discount ** len(waiting)
                 first = waiting.popleft()
                 rows.append((first[0], first[1], total, following[env], terminated[env], factor))
+                envs.append(env)
+        self.envs = np.array(envs, dtype=np.int64)
         if not rows:
             return None
         names = ("observation", "action", "reward", "following", "terminated", "factor")

@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from fox_rl.agents.common import build_q_network
 from fox_rl.agents.dqn import Options, epsilon, value_error
-from fox_rl.experiments.many_td3 import Graphed
+from fox_rl.experiments.many_td3 import Graphed, wait_for
 from fox_rl.experiments.workers import EnvironmentPool
 from fox_rl.q_network import QNetwork
 from fox_rl.replay import MultiStep
@@ -67,20 +67,30 @@ class ManyDQN:
         for group in self.optimizer.param_groups:
             group["capturable"] = on_gpu
         self.dropped = {name: torch.zeros_like(x, dtype=torch.bool) for name, x in self.weights.items() if x.ndim > 2}
-        # observation, following, action, reward, terminated, factor
-        self.rows = torch.zeros(self.num_runs * capacity, 2 * self.observation_size + 4, device=device)
+        # observation, following, action, reward, terminated, factor; the last row takes what is to be forgotten
+        self.rows = torch.zeros(self.num_runs * capacity + 1, 2 * self.observation_size + 4, device=device)
         self.sizes, self.places = np.zeros((2, self.num_runs), dtype=np.int64)
         self.size = torch.zeros(self.num_runs, 1, dtype=torch.long, device=device)
         self.first_rows = torch.arange(self.num_runs, device=device)[:, None] * capacity
-        self.observation = torch.zeros(self.num_runs, 1, self.observation_size, device=device)
-        self.choice = torch.zeros(self.num_runs, dtype=torch.long, device=device)
+
+        def at_host(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, pin_memory=on_gpu)
+
+        # What goes to the device and back, in memory that its graphs read and write themselves.
+        most = self.num_runs * options.multi_steps
+        self.sent_rows, self.sent_places = at_host(most, self.rows.shape[1]), at_host(most, dtype=torch.long)
+        self.sent_sizes = at_host(self.num_runs, 1, dtype=torch.long)
+        self.sent_observation = at_host(self.num_runs, self.observation_size)
+        self.received_choice = at_host(self.num_runs, dtype=torch.long)
         self.generator: torch.Generator | None = None  # PyTorch's own
-        self.act, self.update = (Graphed(x, on_gpu and graphs, self._new_generator) for x in (self._act, self._update))
+        self.act, self.receive, self.update = (
+            Graphed(x, on_gpu and graphs, self._new_generator) for x in (self._act, self._receive, self._update)
+        )
 
     @property
     def num_graphs(self) -> int:
-        """Of the two functions, how many are graphs by now."""
-        return sum(x.graph is not None for x in (self.act, self.update))
+        """Of the three functions, how many are graphs by now."""
+        return sum(x.graph is not None for x in (self.act, self.receive, self.update))
 
     def _new_generator(self) -> None:
         """A recording that failed leaves PyTorch's generator unusable."""
@@ -99,25 +109,27 @@ class ManyDQN:
 
     def choose(self, observation: np.ndarray) -> np.ndarray:
         """The best actions, `(S, O)` to `(S,)`."""
-        self.observation.copy_(torch.from_numpy(observation)[:, None])
+        self.sent_observation.numpy()[:] = observation
         self.act()
-        return self.choice.cpu().numpy()
+        wait_for(self.device)
+        return self.received_choice.numpy().copy()
 
-    def add(self, complete: dict[int, dict[str, np.ndarray]]) -> None:
-        """Store transitions, by run what its `MultiStep` returned."""
-        if not complete:
+    def add(self, runs: np.ndarray, rows: dict[str, np.ndarray] | None) -> None:
+        """Store transitions: the runs that they are of, ascending, and what a `MultiStep` over all runs returned."""
+        if rows is None:
             return
-        where, data = [], []
-        for run, rows in complete.items():
-            columns = [rows["observation"], rows["following"]]
-            columns += [rows[x][:, None] for x in ("action", "reward", "terminated", "factor")]
-            data.append(np.concatenate(columns, axis=1, dtype=np.float32))
-            where.append(run * self.capacity + (self.places[run] + np.arange(len(data[-1]))) % self.capacity)
-            self.places[run] = (self.places[run] + len(data[-1])) % self.capacity
-            self.sizes[run] = min(self.sizes[run] + len(data[-1]), self.capacity)
-        places = torch.from_numpy(np.concatenate(where)).to(self.device)
-        self.rows[places] = torch.from_numpy(np.concatenate(data)).to(self.device)
-        self.size.copy_(torch.from_numpy(self.sizes)[:, None])
+        wait_for(self.device)  # for the copies of the call before
+        columns = [rows["observation"], rows["following"]]
+        columns += [rows[x][:, None] for x in ("action", "reward", "terminated", "factor")]
+        np.concatenate(columns, axis=1, out=self.sent_rows.numpy()[: len(runs)], casting="unsafe")
+        counts = np.bincount(runs, minlength=self.num_runs)
+        nth = np.arange(len(runs)) - (np.cumsum(counts) - counts)[runs]  # of the rows of its run
+        self.sent_places.fill_(len(self.rows) - 1)
+        self.sent_places.numpy()[: len(runs)] = runs * self.capacity + (self.places[runs] + nth) % self.capacity
+        self.places = (self.places + counts) % self.capacity
+        self.sizes = np.minimum(self.sizes + counts, self.capacity)
+        self.sent_sizes.numpy()[:, 0] = self.sizes
+        self.receive()
 
     def copy_to_target(self) -> None:
         """What the agent does every `target_every` steps."""
@@ -130,7 +142,14 @@ class ManyDQN:
 
     @torch.no_grad()
     def _act(self) -> None:
-        self.choice.copy_(self.values(self.observation)[:, 0].argmax(dim=-1))
+        observation = self.sent_observation.to(self.device, non_blocking=True)[:, None]
+        self.received_choice.copy_(self.values(observation)[:, 0].argmax(dim=-1), non_blocking=True)
+
+    @torch.no_grad()
+    def _receive(self) -> None:
+        places, rows = (x.to(self.device, non_blocking=True) for x in (self.sent_places, self.sent_rows))
+        self.rows.index_copy_(0, places, rows)
+        self.size.copy_(self.sent_sizes, non_blocking=True)
 
     def _update(self) -> None:
         shape = (self.num_runs, self.options.batch_size)
@@ -225,25 +244,22 @@ def train(
                 many.drop(i, pruners[i].masks)
         many.copy_to_target()
         generators = [np.random.default_rng(seed) for seed in seeds]
-        multi_steps = [MultiStep(1, options.multi_steps, options.discount) for _ in runs]
+        multi_step = MultiStep(count, options.multi_steps, options.discount)
         observation = pool.reset(np.arange(count), seeds + 1).astype(np.float32)
-        updates = 0
         for step in range(1, options.total_steps + 1):
             action = explore(many, observation, generators, epsilon(options, step - 1))
+            # The update of the step before: what waits for it is the next choice, and the environments do not.
+            if step > 1:
+                learn_after(step - 1, many, pruners)
             following, reward, terminated, truncated = pool.step(np.arange(count), action[:, None])
             following, ended = following.astype(np.float32), terminated | truncated
-            columns = (observation, action, reward, following, terminated, ended)
-            complete = {i: own.add(*(x[i : i + 1] for x in columns)) for i, own in enumerate(multi_steps)}
-            many.add({i: rows for i, rows in complete.items() if rows is not None})
+            rows = multi_step.add(observation, action, reward, following, terminated, ended)
+            many.add(multi_step.envs, rows)
             observation = following
             if ended.any():
                 observation[ended] = pool.reset(np.flatnonzero(ended))
-            if step >= options.start_steps and step % options.train_every == 0:
-                many.update()
-                updates += 1
-                refresh(many, pruners, updates)
-            if step % options.target_every == 0:
-                many.copy_to_target()
+            if step == options.total_steps:
+                learn_after(step, many, pruners)
             if watch is not None:
                 watch(step, many)
             if step % eval_every == 0 or step == options.total_steps:
@@ -252,6 +268,16 @@ def train(
                     if i in pruners:
                         report(arm, own.seed, step, "sparsity_network", pruners[i].sparsity())
     return many
+
+
+def learn_after(step: int, many: ManyDQN, pruners: dict[int, MaskedPruner]) -> None:
+    """The update, the masks and the copy to the target that belong to this step, if any do."""
+    options = many.options
+    if step >= options.start_steps and step % options.train_every == 0:
+        many.update()
+        refresh(many, pruners, step // options.train_every - (options.start_steps - 1) // options.train_every)
+    if step % options.target_every == 0:
+        many.copy_to_target()
 
 
 def refresh(many: ManyDQN, pruners: dict[int, MaskedPruner], updates: int) -> None:

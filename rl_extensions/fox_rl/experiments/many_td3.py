@@ -114,6 +114,12 @@ class Graphed:
                 self.on_failure()
 
 
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of it is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+
+
 class ManyTD3:
     """Networks, replay and update of S runs on one device.
 
@@ -182,20 +188,16 @@ class ManyTD3:
         """The actors' actions in [-1, 1], `(S, O)` to `(S, A)`."""
         self.sent_observation.numpy()[:] = observation
         self.act()
-        return self._read(self.received_action)
+        wait_for(self.device)
+        return self.received_action.numpy().copy()
 
     def add(self, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Store a transition of every run, columns as in `split`; returns its value and its squared error, `(S,)`."""
         np.concatenate(columns, axis=1, out=self.sent_row.numpy(), casting="unsafe")
         self.receive()
-        value, potential = self._read(self.received_values)
+        wait_for(self.device)
+        value, potential = self.received_values.numpy().copy()
         return value, potential
-
-    def _read(self, received: Tensor) -> np.ndarray:
-        """What the device has written, once it has."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return received.numpy().copy()
 
     @torch.no_grad()
     def _act(self) -> None:
