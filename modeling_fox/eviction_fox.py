@@ -381,29 +381,40 @@ class FoxEvictingCache(Cache):
                 "`log_pruning_tolerance` is the log of a probability and must be negative; got "
                 f"{log_pruning_tolerance}. For 4.5e-5 pass -10.0."
             )
-        if page_size < 16 or page_size & (page_size - 1):
-            raise ValueError(f"`page_size` must be a power of 2 and at least 16; got {page_size}. Take 64.")
-        if max_cache_bytes is not None and max_cache_bytes < 1:
-            raise ValueError(f"`max_cache_bytes` must be a positive number; got {max_cache_bytes}. None is no limit.")
+        if not isinstance(page_size, int) or page_size < 16 or page_size & (page_size - 1):
+            raise ValueError(f"`page_size` must be a power of 2 and at least 16; got {page_size!r}. Take 64.")
+        if max_cache_bytes is not None and not (isinstance(max_cache_bytes, int) and max_cache_bytes > 0):
+            raise ValueError(
+                f"`max_cache_bytes` must be a positive whole number; got {max_cache_bytes!r}. A gigabyte is 10**9; "
+                "None is no limit."
+            )
         operators()
         self.pages = _Pages(config, log_pruning_tolerance, page_size, max_cache_bytes, logit_bound)
         self.weights: Weights | None = None
         super().__init__(layers=[FoxEvictingLayer(self.pages, i) for i in range(config.num_hidden_layers)])
 
     @outside_of_compilation
-    def hide_padding(self, attention_mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
+    def hide_padding(self, attention_mask: torch.Tensor | None, batch: int, num_new: int) -> torch.Tensor | None:
         """Take note of where sequences start; the model calls it before its layers.
 
         Args:
             attention_mask: `(B, S)`, 0 at padding, new tokens included; None if there is none.
+            batch: B.
             num_new: T.
 
         Returns:
             The last T columns, or None if they hold no padding.
 
         Raises:
-            ValueError: If padding is anywhere but before the first token, or the mask has other dimensions.
+            ValueError: If padding is anywhere but before the first token, the mask has other dimensions, or the cache
+                holds another number of sequences.
         """
+        held = next((store.batch for store in self.pages.stores.values()), batch)
+        if held != batch:
+            raise ValueError(
+                f"`past_key_values` must hold as many sequences as there are new ones, {batch}; got {held}. Build a "
+                "new cache, or take some of them by `batch_select_indices`."
+            )
         if attention_mask is None:
             return None
         width = self.get_seq_length() + num_new
@@ -443,6 +454,11 @@ class FoxEvictingCache(Cache):
         Raises:
             ValueError: If the weights are not those with which the cached tokens were computed; see `Weights`.
         """
+        if model is not None and len(self.layers) != model.config.num_hidden_layers:
+            raise ValueError(
+                f"`past_key_values` must be built with the config of its model, of {model.config.num_hidden_layers} "
+                f"layers; got {len(self.layers)}. Pass `FoxEvictingCache(model.config)`."
+            )
         if self.pages.num_tokens() == 0:
             self.weights = None if model is None else Weights(model)
         elif self.weights is not None and self.weights.have_changed(model):
@@ -524,6 +540,11 @@ class FoxEvictingCache(Cache):
 def make_evicting_cache(config: PreTrainedConfig, generation_config: GenerationConfig) -> FoxEvictingCache:
     """For `generate`: `generation_config.cache_config` may hold the options of `FoxEvictingCache`."""
     options = generation_config.cache_config or {}
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"`cache_config` must be a dict of options of FoxEvictingCache; got a {type(options).__name__}. For one "
+            "gigabyte pass {'max_cache_bytes': 10**9}."
+        )
     known = list(inspect.signature(FoxEvictingCache).parameters)[1:]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(

@@ -140,7 +140,7 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         attention_mask = None
     if hasattr(past_key_values, "hide_padding"):
         # It hides by itself what is not to be seen, over more keys than a mask would fit in memory for.
-        return _layer_masks(None, past_key_values.hide_padding(attention_mask, inputs_embeds.shape[1]), None)
+        return _layer_masks(None, past_key_values.hide_padding(attention_mask, *inputs_embeds.shape[:2]), None)
     mask_kwargs = {
         "config": config,
         "inputs_embeds": inputs_embeds,

@@ -277,8 +277,14 @@ def test_says_what_cannot_be():
         FoxEvictingCache(model.config, log_pruning_tolerance=0.5)
     with pytest.raises(ValueError, match="`page_size` must be a power of 2 and at least 16; got 48"):
         FoxEvictingCache(model.config, page_size=48)
-    with pytest.raises(ValueError, match="`max_cache_bytes` must be a positive number; got 0"):
+    with pytest.raises(ValueError, match="`max_cache_bytes` must be a positive whole number; got 0"):
         FoxEvictingCache(model.config, max_cache_bytes=0)
+    with pytest.raises(
+        ValueError, match="`max_cache_bytes` must be a positive whole number; got '1GB'. A gigabyte is"
+    ):
+        FoxEvictingCache(model.config, max_cache_bytes="1GB")
+    with pytest.raises(ValueError, match="`cache_config` must be a dict of options of FoxEvictingCache; got a int. F"):
+        generate(model, padded_batch(), cache_implementation="fox", cache_config=64)
     with pytest.raises(ValueError, match="`logit_bound` must be a positive number of nats; got -1"):
         FoxEvictingCache(model.config, logit_bound=-1)
     with pytest.raises(ValueError, match="`config` must be that of a FoX model; got a GenerationConfig"):
@@ -290,6 +296,16 @@ def test_says_what_cannot_be():
         step(model, tokens, cache, mask)
     with pytest.raises(ValueError, match=r"`attention_mask` must be \(batch, 6\) with an evicting cache"):
         step(model, tokens, cache, torch.ones(2, 9))
+    other = FoxEvictingCache(forgetful(num_hidden_layers=1).config)
+    with pytest.raises(
+        ValueError, match="`past_key_values` must be built with the config of its model, of 2 layers; g"
+    ):
+        step(model, tokens, other)
+    step(model, tokens, cache)
+    with pytest.raises(
+        ValueError, match="`past_key_values` must hold as many sequences as there are new ones, 1; got"
+    ):
+        step(model, tokens[:1], cache)
     with pytest.raises(ValueError, match="an evicting cache cannot be offloaded"):
         cache.layers[0].offload()
     with pytest.raises(ValueError, match="continuous batching is not for FoX"):

@@ -223,13 +223,14 @@ def part_speed(fox, dense, options, rows):
     forwards = {"eager": dense, "compiled": torch.compile(dense)}
     for batch in options.batches:
         times = {}
-        for length in options.lengths:
+        for length in options.lengths if "transformer" in options.models else ():
             fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
             for name in options.modes:
                 time_dense(dense, forwards[name], name, fits, length, options, times)
-            if fits < batch:
+            if fits < batch and "fox" in options.models:
                 time_fox(fox, steps, fits, [length], options, times, [])
-        time_fox(fox, steps, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
+        if "fox" in options.models:
+            time_fox(fox, steps, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
         for length in options.lengths:
             fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
             for count in sorted({batch, fits}):
@@ -358,6 +359,10 @@ def main():
         default=["eager", "compiled"],
         help="default: all",
     )
+    parser.add_argument(
+        "--models", nargs="+", choices=["fox", "transformer"], default=["fox", "transformer"],
+        help="of `speed`; default: both",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--hidden-size", type=int, default=768, help="64 channels a head; default: %(default)s")

@@ -388,8 +388,9 @@ class PagedKeys:
                 break
         if len(self.free) < count:
             raise ValueError(
-                f"max_pages must be enough for the newest page of every head; got {self.max_pages}, of which "
-                f"{len(self.free)} are free where {count} are needed. Allow more memory, or fewer sequences."
+                f"max_pages (max_cache_bytes of a model's cache) must be enough for the newest page of every head; "
+                f"got {self.max_pages}, of which {len(self.free)} are free where {count} are needed. Allow more "
+                "memory, or fewer sequences."
             )
         taken, self.free = self.free[:count], self.free[count:]
         return taken
