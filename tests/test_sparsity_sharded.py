@@ -1,9 +1,11 @@
-"""FSDP2 on two processes: the masks and weights are those of one process."""
+"""Two processes: under FSDP2 masks and weights are those of one process, and agents keep one network between them."""
+
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_two
+from processes import ROOT, run_two
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -60,12 +62,33 @@ def agree():
         pruner.load_state_dict(parts_state)
         zeros = {n: target.get_parameter(n)[~keep] for n, keep in pruner.masks.items()}
         assert all(torch.equal(z, torch.zeros_like(z)) for z in zeros.values())
+    agents_agree(rank)
     dist.barrier()
     dist.destroy_process_group()
     print("rank", rank, "agrees")
 
 
-def test_two_fsdp2_processes_prune_as_one_does():
+def agents_agree(rank):
+    """A pruned PQN: other environments in each process, the same weights; an agent with a replay buffer refuses."""
+    sys.path.append(str(ROOT / "rl_extensions"))
+    from fox_rl.agents import dqn, pqn, td3, training
+
+    sizes = dict(num_envs=4, window=8, minibatches=2, epochs=1, width=16, total_steps=2 * 4 * 8 * 4, device="cpu")
+    agent = pqn.Agent(pqn.Options(final_sparsity=0.5, **sizes))
+    first = torch.as_tensor(agent.observation)
+    training.run(agent, quiet=True)
+    assert agent.step == 256 and agent.pruners["network"].sparsity() == pytest.approx(0.5, abs=0.01)
+    for mine, is_same in ((first, False), *((p.detach().contiguous(), True) for p in agent.network.parameters())):
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        assert torch.equal(*both) == is_same
+    for module, env_id in ((dqn, "CartPole-v1"), (td3, "Pendulum-v1")):
+        with pytest.raises(ValueError, match="num_processes must be 1 with a replay buffer; got 2"):
+            module.Agent(module.Options(env_id=env_id, total_steps=100, device="cpu"))
+
+
+def test_two_processes_prune_and_act_as_one_does():
+    pytest.importorskip("gymnasium")
     for rank, said in enumerate(run_two(agree, timeout=180)):
         assert f"rank {rank} agrees" in said
 

@@ -74,6 +74,7 @@ class Agent(training.Agent):
 
     def __init__(self, options: Options, accelerator: Accelerator | None = None):
         super().__init__(options, accelerator)
+        self.refuse_processes()
         common.check_positive(options, "train_every", "batch_size", "target_every", "multi_steps")
         self.title = "Rainbow" if options.rainbow else "C51" if options.num_atoms > 1 else "DQN"
         self.envs = common.make_environments(options.env_id, options.num_envs)

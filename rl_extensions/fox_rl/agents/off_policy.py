@@ -62,6 +62,7 @@ class ContinuousAgent(training.Agent):
 
     def __init__(self, options: ContinuousOptions, accelerator: Accelerator | None = None):
         super().__init__(options, accelerator)
+        self.refuse_processes()
         common.check_positive(options, "batch_size")
         if options.stop not in ("none", "least", "random"):
             raise ValueError(f"stop must be none, least or random; got {options.stop!r}.")

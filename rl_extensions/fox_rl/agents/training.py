@@ -57,6 +57,15 @@ class Agent:
         # The weights are the same in all processes, everything after `seed_process` is not.
         common.seed_everything(options.seed)
 
+    def refuse_processes(self) -> None:
+        """Raise a ValueError in all but a run of one process."""
+        count = self.accelerator.num_processes
+        if count > 1:
+            raise ValueError(
+                f"num_processes must be 1 with a replay buffer; got {count}. Run {self.title} with python -m; PQN and "
+                "PPO learn from the environments of all processes."
+            )
+
     def advance(self) -> dict[str, float]:
         """Make `stride` environment steps and learn from them; returns what is to be logged."""
         raise NotImplementedError
