@@ -154,7 +154,7 @@ def compile_launch(recorder, target):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if args[index] % 16 == 0:
+            if args[index] % 16 == 0 and not kernel.params[index].do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     Source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = Source(kernel, signature=signature, constexprs=constants, attrs=attributes)

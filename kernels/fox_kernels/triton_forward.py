@@ -353,7 +353,8 @@ def _attend_tile(
         store_tile(o, out, batch, head, start_t, T, o_stride_b, o_stride_h, o_stride_t, D, BLOCK_D, BLOCK_T)
 
 
-@triton.jit
+# Each kind of number is one more kernel to compile; these two only say where a tile is.
+@triton.jit(do_not_specialize=["num_heads", "section"])
 def forgetting_attention_forward_kernel(
     q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, any_ptr, score_scale, T, S, H, N, num_tiles,
     num_heads, section, q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h,

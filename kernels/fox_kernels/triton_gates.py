@@ -15,6 +15,7 @@ import triton.language as tl
 from .launch import launch
 
 CHUNK = 1024  # 16384 chunks are 16M tokens, the most that the sum over chunk totals holds in one program
+LEAST_CHUNKS = 128  # every power of two from here on is one more kernel to compile
 GATE_BLOCK = tl.constexpr(128)
 CLOSED_GATE = tl.constexpr(-1e4)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -53,7 +54,7 @@ def _load_gates(gate_ptr, batch, head, s, S, stride_b, stride_h, stride_s):
     return tl.where(closed, 0.0, gate), closed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def chunk_totals_kernel(
     gate_ptr, total_ptr, reset_ptr, S, H, num_chunks, stride_b, stride_h, stride_s, CHUNK: tl.constexpr
 ):
@@ -66,7 +67,7 @@ def chunk_totals_kernel(
     tl.store(reset_ptr + batch_head * num_chunks + chunk, tl.max(tl.where(closed, s, 0), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def running_sums_kernel(
     gate_ptr, key_start_ptr, cu_ptr, total_ptr, reset_ptr, within_ptr, starts_ptr, first_key_ptr, T, S, N, H,
     num_chunks, window, num_sequences, steps, stride_b, stride_h, stride_s, within_low, starts_low,
@@ -207,7 +208,7 @@ def prepare(
         (num_queries, num_keys, num_blocks, num_heads, num_chunks, 0 if window is None else window,
          *_boundaries(cu_seqlens), *log_fgate.stride(), within.stride(0), starts.stride(0)),
         HAS_KEY_START=key_start is not None, HAS_WINDOW=window is not None, PACKED=cu_seqlens is not None,
-        CHUNKS=power, CHUNK=CHUNK,
+        CHUNKS=power if num_chunks == 1 else max(power, LEAST_CHUNKS), CHUNK=CHUNK,
     )  # fmt: skip
     return within, starts, first_key
 
