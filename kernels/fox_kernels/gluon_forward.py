@@ -481,7 +481,7 @@ def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexp
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_heads", "section"])
 def gluon_forward_kernel(
     q, k, v, o, within_ptr, starts_ptr, first_key_ptr, lse_ptr, marks_ptr, marked_ptr, counter, score_scale,
     largest_sum, T, S, H, N, num_tiles, num_heads, section, num_groups, within_low, starts_low,
