@@ -267,13 +267,7 @@ class FoxConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
 
     def _check_sizes(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
         for name in ("intermediate_size", "num_key_value_heads", "head_dim"):

@@ -28,7 +28,8 @@ class PruningStats:
     def _stacked(self, rows: list[torch.Tensor | None]) -> torch.Tensor:
         if 0 in self._calls:
             raise ValueError(
-                "`pruning_stats` must see a forward call of the model; got none. Call it inside the block."
+                "`pruning_stats` must see a forward call of the model; got none. Call it inside the block, without a "
+                "FoxEvictingCache: that attends by itself, and `report()` tells what it dropped."
             )
         return torch.stack([row.float().cpu() for row in rows])
 

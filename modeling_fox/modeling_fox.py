@@ -530,7 +530,7 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 "`cache_implementation` must not be 'quantized' for FoX: it has no place for the forget gates. "
-                "Use 'dynamic', 'static' or 'offloaded'."
+                "Use 'dynamic', 'static', 'offloaded', or 'fox', which keeps what is not forgotten."
             )
         has_own = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
         if generation_config.cache_implementation == "fox" and not has_own:

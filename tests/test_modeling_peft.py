@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import random_tokens, tiny_fox
+from modeling_fox import FoxEvictingCache, FusedStep
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 # Transformers 5.23 renames these; PEFT 0.21 and 5.17 know the old names only.
@@ -87,3 +88,31 @@ def test_prefix_tuning_is_refused():
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="must hold forget gates"):
         peft.get_peft_model(tiny_fox(), config)(input_ids=random_tokens(1, 5))
+
+
+@torch.no_grad()
+def test_an_evicting_cache_and_its_fused_step_see_adapters_come_and_be_merged():
+    model, token = tiny_fox().eval(), random_tokens(1, 1)
+
+    def prompt(model):
+        cache = FoxEvictingCache(model.config)
+        model(input_ids=random_tokens(1, 9), past_key_values=cache, use_cache=True)
+        return cache
+
+    step, cache = FusedStep(model, "plain"), prompt(model)
+    step(token, cache)
+    adapted = lora(model, init_lora_weights=False)
+    with pytest.raises(ValueError, match="`past_key_values` must be computed with the present weights"):
+        adapted(input_ids=token, past_key_values=cache)
+    with pytest.raises(ValueError, match="`model` must be a FoxForCausalLM; got a Peft.*, and merge adapters into it"):
+        FusedStep(adapted, "plain")
+    # The same modules come back and PEFT adds to `.data`, which no version counts.
+    assert adapted.merge_and_unload() is model
+    cache = prompt(model)
+    with pytest.raises(
+        ValueError, match="`model` must keep its weights under a step that was made of it; they changed"
+    ):
+        step(token, cache)
+    merged = FusedStep(model, "plain")(token, cache)
+    expected = model(torch.cat((random_tokens(1, 9), token), dim=1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
