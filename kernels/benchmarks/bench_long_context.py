@@ -223,17 +223,17 @@ def part_speed(fox, dense, options, rows):
     forwards = {"eager": dense, "compiled": torch.compile(dense)}
     for batch in options.batches:
         times = {}
+        fits = dict.fromkeys(options.lengths, batch)
         for length in options.lengths if "transformer" in options.models else ():
-            fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
+            fits[length] = largest_batch(dense, length, 2 * options.tokens + 8, batch)
             for name in options.modes:
-                time_dense(dense, forwards[name], name, fits, length, options, times)
-            if fits < batch and "fox" in options.models:
-                time_fox(fox, steps, fits, [length], options, times, [])
+                time_dense(dense, forwards[name], name, fits[length], length, options, times)
+            if fits[length] < batch and "fox" in options.models:
+                time_fox(fox, steps, fits[length], [length], options, times, [])
         if "fox" in options.models:
             time_fox(fox, steps, batch, options.lengths, options, times, rows if batch == options.batches[0] else [])
         for length in options.lengths:
-            fits = largest_batch(dense, length, 2 * options.tokens + 8, batch)
-            for count in sorted({batch, fits}):
+            for count in sorted({batch, fits[length]}):
                 tell_speed(count, length, options.modes, times, rows)
 
 
