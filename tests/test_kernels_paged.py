@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fox_kernels import forgetting_attention_reference
+from fox_kernels.gates import GateSums
 from fox_kernels.paged import PagedKeys
 from fox_kernels.paged_attention import paged_attention
 from helpers import assert_as_accurate_as_torch
@@ -530,3 +531,49 @@ def test_what_a_step_skips_and_what_was_dropped_stay_below_eps_together(shape, s
     total = (decayed.cumsum(-1) + gone[..., None]) * room.amax(-1).exp()[..., None]
     most = (total <= math.exp(tolerance)).sum(-1).unflatten(1, (kv_heads, -1)).amin(-1) * 16
     assert (found <= most.clamp(min=int(start.max()))).all() and (most - found).max() <= 4 * 16
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_a_long_prompt_and_its_steps_compile_each_kernel_once(monkeypatch):
+    """Whatever the number of heads that are gathered together, of their keys, and of the columns of the table."""
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from fox_kernels import launch, triton_forward, triton_gates, triton_paged, triton_pruning
+
+    forms = {}
+
+    def recorded(kernel, grid, tensors, numbers, **constants):
+        kinds = [x.dtype if isinstance(x, torch.Tensor) else x.launch_key for x in tensors]
+        for parameter, x in zip(kernel.params[len(tensors) :], numbers, strict=False):
+            if not parameter.do_not_specialize:
+                kinds.append(launch._class_of(x) if type(x) is int else type(x))
+        forms.setdefault(kernel.__name__, set()).add((*kinds, *constants.items()))
+
+    for module in launch.kernel_modules():
+        for name, stand_in in (("launch", recorded), ("architecture", lambda device: 90)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, stand_in)
+    half = {"dtype": torch.bfloat16}
+    for heads, length in ((2, 2048), (2, 18432), (2, 67584), (1, 10240), (16, 4096)):
+        q, k = torch.empty(heads, 1, 2048, 64, **half), torch.empty(heads, 1, length, 64, **half)
+        start, bound = torch.zeros(heads, dtype=torch.int32), torch.zeros(heads, 1)
+        within, starts, first = triton_gates.prepare(torch.empty(heads, 1, length), start, 2048)
+        sums = GateSums(within, starts)
+        first = triton_pruning.paper_rule(
+            q, k, sums, first, start, scale=0.1, log_tolerance=-10.0, logit_bound=bound
+        )  # fmt: skip
+        triton_forward.forward(q, k, k, sums, first, 0.1, pruned=True)
+    assert "gluon_forward_kernel" in forms
+    for columns in (2, 8, 16, 64):
+        pages = PagedKeys(1, 2, 3, 3, 64, page_size=64, **half)
+        pages.make_room(0, 1)
+        pages.table = torch.zeros(1, 2, 3, columns, dtype=torch.int32)
+        q = torch.empty(2, 3, 1, 64, **half)
+        pool = (pages.keys, pages.values, pages.within, pages.starts)
+        where = (pages.table[0], pages.first_key[0], pages.lengths[0])
+        triton_paged.append(q, q, torch.empty(2, 3, 1), *pool, pages.totals[0], where[0], where[2])
+        triton_paged.forward(q, *pool, *where, 1.0)
+        triton_paged.plan(
+            q, pool[0], *pool[2:], *where, 1.0, None, pages.logit_bound[0], pages.evicted[0], pages.evicted_at[0],
+            -10.0,
+        )  # fmt: skip
+    assert {name: len(found) for name, found in forms.items()} == dict.fromkeys(forms, 1)

@@ -66,7 +66,7 @@ def append_decay(gate, total, within_ptr, starts_ptr, page, slot, g, is_head, G:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_len"])
 def append_pages_kernel(
     k_ptr, v_ptr, gate_ptr, keys_ptr, values_ptr, within_ptr, starts_ptr, total_ptr, table_ptr, length_ptr, T, H_kv,
     table_len, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t, gate_stride_b, gate_stride_h,
@@ -157,7 +157,7 @@ def _lam_at(within_ptr, starts_ptr, page, slot, g, mask, G: tl.constexpr, PAGE: 
     return lam + tl.load(within + G * PAGE, mask=mask, other=0.0).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_len"])
 def plan_pages_kernel(
     q_ptr, keys_ptr, within_ptr, starts_ptr, table_ptr, lowest_ptr, key_start_ptr, length_ptr, bound_ptr, evicted_ptr,
     evicted_at_ptr, plan_ptr, log_tolerance, score_scale, T, H_kv, table_len, q_stride_b, q_stride_h, q_stride_t,
@@ -218,7 +218,7 @@ def plan_pages_kernel(
     tl.store(plan_ptr + program, n * PAGE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_len"])
 def forgetting_attention_paged_kernel(
     q_ptr, keys_ptr, values_ptr, within_ptr, starts_ptr, table_ptr, lowest_ptr, key_start_ptr, length_ptr, partial_ptr,
     score_scale, T, H_kv, num_units, num_rows, num_slots, stats_at, table_len, q_stride_b, q_stride_h, q_stride_t,

@@ -46,7 +46,7 @@ def _normalized(x, weight, eps, D: tl.constexpr):
     return (unit.to(tl.float32) * weight.to(x.dtype).to(tl.float32)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_len"])
 def step_pages_kernel(
     parts_ptr, past_key_ptr, past_value_ptr, q_norm_ptr, k_norm_ptr, bias_ptr, q_ptr, keys_ptr, values_ptr, within_ptr,
     starts_ptr, total_ptr, table_ptr, length_ptr, eps, H_kv, table_len, parts_stride, query_at, key_at, value_at,
