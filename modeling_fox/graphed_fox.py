@@ -275,6 +275,15 @@ class GraphedStep:
 
     Raises:
         ValueError: If the model or the cache is not one of the above.
+
+    ```python
+    >>> cache, fused = FoxEvictingCache(model.config), FusedStep(model)
+    >>> with torch.no_grad():
+    ...     logits = model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    >>> step = GraphedStep(fused, cache)
+    >>> for _ in range(1000):
+    ...     logits = step(logits[:, -1:].argmax(dim=-1))
+    ```
     """
 
     def __init__(self, model: nn.Module | FusedStep, cache: FoxEvictingCache):

@@ -54,6 +54,15 @@ ROWS = {
                 "changed_weights_are_refused",
             ],
         ),
+        "single steps over it, fused, compiled to one graph; weights that changed are refused": (
+            "eviction_step",
+            [
+                "a_fused_step_gives_the_logits_of_the_model",
+                "it_is_one_graph_for_the_compiler",
+                "a_step_does_not_outlive_the_weights_it_was_made_of",
+            ],
+        ),
+        "the same as CUDA graphs": ("eviction_step", ["gpu_replayed_steps_give_the_logits_of_the_model"]),
         "refused: quantized cache, continuous batching": (
             "modeling_generation",
             ["caches_without_a_place_for_gates_are_refused_with_those_that_have_one"],
