@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
@@ -173,36 +174,40 @@ def _loops(sass):
     return [[text for address, text in code if first <= address <= last] for first, last in inner]
 
 
-def fences_in_loops(compiled):
-    """How often each loop with warpgroup products waits for or commits some, of an NVIDIA kernel."""
-    loops = [x for x in _loops(_disassemble(compiled, "-sass")) if any("HGMMA" in line for line in x)]
-    return [sum("WARPGROUP" in line for line in loop) for loop in loops]
-
-
-def _disassemble(compiled, *flags):
+def _cuobjdump(compiled, flag):
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        return "".join(
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in flags
-        )
+        return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+
+@lru_cache(maxsize=1)
+def _loops_with_products(compiled):
+    loops = _loops(_cuobjdump(compiled, "-sass"))
+    hot = [x for x in loops if any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", line) for line in x)]
+    assert hot, "found no loop with a matrix product: has the disassembly changed its form?"
+    return hot
+
+
+def fences_in_loops(compiled):
+    """How often each loop with products waits for or commits some of a warpgroup, of a kernel for Hopper."""
+    loops = _loops_with_products(compiled)
+    assert all(any("HGMMA" in line for line in loop) for loop in loops), "a loop multiplies without the warpgroup"
+    return [sum("WARPGROUP" in line for line in loop) for loop in loops]
 
 
 def resources(compiled):
     """Registers, bytes of stack, shared memory, and spills inside loops that multiply matrices, of an NVIDIA kernel.
 
-    A spill outside of them is paid once per tile of the output; inside, once per tile of keys.
+    A spill outside of them is paid once per tile of the output; inside, once per tile of keys. Registers spill to the
+    stack: without one there are none, and nothing is disassembled, which takes a second.
     """
-    usage, sass = _disassemble(compiled, "-res-usage"), _disassemble(compiled, "-sass")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    hot = [x for x in _loops(sass) if any(re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", line) for line in x)]
-    spills = [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop) for loop in hot]
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump(compiled, "-res-usage")).groups()
+    loops = _loops_with_products(compiled) if int(stack) else []
     return {
         "registers": int(registers),
         "stack_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
-        "spills_in_loops": spills,
-        "loops_with_products": len(hot),
+        "spills_in_loops": [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop) for loop in loops],
     }
