@@ -295,7 +295,8 @@ def hazard_for(mean_length: float, natural_length: int) -> float:
 
     Args:
         mean_length: In (0, natural_length], steps.
-        natural_length: Steps of an episode that nobody stops.
+        natural_length: Steps of an episode that nobody stops. Where some end earlier by themselves, the mean comes out
+            shorter; `fox_rl.experiments.many_td3` corrects for that.
     """
     if not 1 <= mean_length <= natural_length:
         raise ValueError(f"mean_length must be in [1, {natural_length}]; got {mean_length}.")

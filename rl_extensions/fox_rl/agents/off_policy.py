@@ -45,7 +45,7 @@ class ContinuousOptions(common.RunOptions):
     stop_start: float = option(0.1, "share of the steps before the first stop")
     omega_scale: float = option(0.45, "least: leniency, 0.3 to 0.6 published")
     noise_max: float = option(0.3, "least: largest deviation of the noise when many episodes are stopped early")
-    mean_length: float = option(400.0, "random: mean episode length to match")
+    mean_length: float = option(400.0, "random: mean episode length to match, where none ends by itself")
 
 
 class ContinuousAgent(training.Agent):
