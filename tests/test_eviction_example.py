@@ -49,9 +49,24 @@ def test_it_writes_by_itself(stream, capsys):
     assert capsys.readouterr().out.count("keys live") == 3
 
 
-def test_says_what_cannot_be(stream, tmp_path):
+def test_a_character_may_lie_on_the_border_of_two_pieces(stream, monkeypatch):
+    monkeypatch.setattr(stream.AutoModelForCausalLM, "from_pretrained", lambda name: None)
+
+    def letters(text, **options):
+        return {"input_ids": [ord(x) for x in text]}
+
+    monkeypatch.setattr(stream.AutoTokenizer, "from_pretrained", lambda name: letters)
+    _, encode = stream.load(stream.argparse.Namespace(model="some"))
+    text = "a\u00e4\u20ac".encode()
+    assert [x for i in range(len(text)) for x in encode(text[i : i + 1])] == [97, 228, 8364]
+
+
+def test_says_what_cannot_be(stream, tmp_path, capsys):
     with pytest.raises(SystemExit):
         stream.main(["--follow"])
+    with pytest.raises(SystemExit):
+        stream.main(["--file", str(tmp_path / "nothing")])
+    assert "--file must be a file; got" in capsys.readouterr().err
     report = CacheReport(0, torch.zeros(1, 1, 1, dtype=torch.int32), 0, 0, 0.0, True)
     for reports, numbers in (([], None), ([report], [1, 2])):
         with pytest.raises(ValueError, match="`reports` must hold at least one report, and `process_bytes` as many"):

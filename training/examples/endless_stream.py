@@ -15,6 +15,7 @@ lost attention is not within the tolerance.
 from __future__ import annotations
 
 import argparse
+import codecs
 import resource
 import sys
 import time
@@ -32,7 +33,9 @@ def load(options):
     if options.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(options.model)
-        return model, lambda text: tokenizer(text.decode("utf-8", "replace"), add_special_tokens=False)["input_ids"]
+        # A character may end in the next piece.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return model, lambda text: tokenizer(decoder.decode(text), add_special_tokens=False)["input_ids"]
     torch.manual_seed(options.seed)
     config = FoxConfig.pro(
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, fgate_decay_time_min=1.5,
@@ -121,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.follow and options.file is None:
         parser.error("--follow needs --file")
+    if options.file is not None and not options.file.is_file():
+        parser.error(f"--file must be a file; got {options.file}")
     model, encode = load(options)
     model.eval().to(options.device)
     cache = FoxEvictingCache(model.config, options.log_tolerance, max_cache_bytes=options.max_cache_bytes)
