@@ -136,6 +136,7 @@ class _Pages:
         self.stores = {}
         self.key_start: torch.Tensor | None = None
         self.has_begun = True  # every sequence has a token that is not padding
+        self.is_between = False  # a token is in the shift of a layer and not yet in its pages
 
     def store(self, query: torch.Tensor, key: torch.Tensor):
         """The pages on the device of `query (B, H, T, D)` and `key (B, H_kv, T, D)`, made if there are none yet."""
@@ -237,6 +238,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
         out = operators()[1].paged_attention(
             query, key, value, log_fgate, store, self.layer_idx, scale=scaling, may_evict=not self.record_past
         )
+        self.pages.is_between = False
         return out.transpose(1, 2), None
 
     def _check_scores(self, query, key, scaling):
@@ -275,7 +277,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
     def update_shift(self, name: str, projection: torch.Tensor) -> None:
         """As in `FoxDynamicLayer`, in place, so that a CUDA graph finds it again."""
         past = getattr(self, f"shift_{name}")
-        newest = projection[:, -1:].detach()
+        newest, self.pages.is_between = projection[:, -1:].detach(), True
         if self.record_past:
             with torch.inference_mode(False), torch.no_grad():
                 super().update_shift(name, projection.detach())
@@ -338,7 +340,8 @@ class FoxEvictingCache(Cache):
     `model.generate(..., cache_implementation="fox")` builds one, with `cache_config` as its options, or pass one as
     `past_key_values`. Every head of every layer and sequence keeps its own range of tokens, in pages that go back to a
     pool. `get_seq_length` counts all tokens that were read. Beams share pages; padding must be on the left. Attention
-    is computed by fox_kernels, whatever `attn_implementation` says, without gradients.
+    is computed by fox_kernels, whatever `attn_implementation` says, without gradients. With a `compile_config`
+    `generate` feeds each token after the prompt by a `FusedStep`, on a CUDA device by a `GraphedStep`.
 
     Args:
         config: That of the model.
@@ -395,7 +398,7 @@ class FoxEvictingCache(Cache):
 
     @outside_of_compilation
     def hide_padding(self, attention_mask: torch.Tensor | None, batch: int, num_new: int) -> torch.Tensor | None:
-        """Take note of where sequences start; the model calls it before its layers.
+        """Take note of where sequences start, and make room for single tokens; the model calls it before its layers.
 
         Args:
             attention_mask: `(B, S)`, 0 at padding, new tokens included; None if there is none.
@@ -415,6 +418,9 @@ class FoxEvictingCache(Cache):
                 f"`past_key_values` must hold as many sequences as there are new ones, {batch}; got {held}. Build a "
                 "new cache, or take some of them by `batch_select_indices`."
             )
+        if num_new <= operators()[0].MAX_STEP:
+            # Here, where nothing has changed yet: where there is no room the token can be fed again.
+            self.make_room(num_new)
         if attention_mask is None:
             return None
         width = self.get_seq_length() + num_new
@@ -459,10 +465,22 @@ class FoxEvictingCache(Cache):
                 f"`past_key_values` must be built with the config of its model, of {model.config.num_hidden_layers} "
                 f"layers; got {len(self.layers)}. Pass `FoxEvictingCache(model.config)`."
             )
+        if model is not None:
+            self._check_layers(model)
         if self.pages.num_tokens() == 0:
             self.weights = None if model is None else Weights(model)
         elif self.weights is not None and self.weights.have_changed(model):
             raise ValueError(STALE)
+
+    def _check_layers(self, model):
+        """Every layer that `model` has here (of a pipeline a part) must have read the same tokens."""
+        held = [n for store in self.pages.stores.values() for n in store.num_keys if n]
+        own = sum(hasattr(x, "self_attn") for x in model.layers)
+        if self.pages.is_between or (held and (len(set(held)) > 1 or len(held) != own)):
+            raise ValueError(
+                f"`past_key_values` must hold the same tokens in all of {own} layers; got {sorted(set(held))} in "
+                f"{len(held)} of them: a call was interrupted, for want of memory or by a signal. Build a new cache."
+            )
 
     def start_over(self, which: torch.Tensor) -> None:
         """The next token of the sequences `which`, `(B,)` bool, is the first of a new episode: it sees none before."""
@@ -482,7 +500,12 @@ class FoxEvictingCache(Cache):
         return sum(store.evict() for store in self.pages.stores.values())
 
     def make_room(self, num_new: int) -> None:
-        """What a step of up to 16 tokens needs done by Python, before a CUDA graph of it is replayed."""
+        """What a step of up to 16 tokens needs done by Python: look for what can be dropped, and allocate pages.
+
+        Raises:
+            ValueError: If `max_cache_bytes` is not enough for what may not be dropped.
+            torch.OutOfMemoryError: If the device has no room for more pages; the cache is as it was then.
+        """
         for store in self.pages.stores.values():
             for layer, length in enumerate(store.num_keys):
                 # Looked at here, too: it is all that most steps come to, and they wait for it.

@@ -1,5 +1,6 @@
 """The cache that forgets, in the model: the same text and logits, bounded memory, and a bound that is never passed."""
 
+import contextlib
 import copy
 import math
 
@@ -9,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig
 from twenty_thousand_steps import lost_by_the_operator
 
 from helpers import random_tokens, tiny_fox
-from modeling_fox import FoxEvictingCache, FoxModel
+from modeling_fox import FoxEvictingCache, FoxModel, eviction_fox
 from modeling_fox.eviction_fox import FoxEvictingLayer
 
 NUM_NEW = 80
@@ -184,12 +185,77 @@ def test_changed_weights_are_refused():
     store.device = torch.device("meta")
     with pytest.raises(ValueError, match="must be on the device of its layer, cpu; got pages on meta. Build a new"):
         step(model, tokens, cache)
-    store.device = torch.device("cpu")
+    cache.reset()
+    step(model, tokens, cache)
     # The keys of later layers are made of what the MLP gave.
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(2.0)
     with pytest.raises(ValueError, match="they were updated since"):
         step(model, tokens, cache)
+
+
+@torch.no_grad()
+def test_where_there_is_no_room_the_token_can_be_fed_again(monkeypatch):
+    model, tokens = forgetful(fgate_decay_time_max=200.0), random_tokens(1, 90)
+    cache = FoxEvictingCache(model.config, page_size=16)
+    step(model, tokens[:, :64], cache)
+    (store,) = cache.pages.stores.values()
+    for t in range(64, 90):
+        before = len(store.keys)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", lambda *_, **__: refuse_memory())
+            try:
+                got = step(model, tokens[:, t : t + 1], cache)
+            except torch.OutOfMemoryError:
+                patch.undo()
+                got = step(model, tokens[:, t : t + 1], cache)
+                assert len(store.keys) > before
+                break
+    else:
+        pytest.fail("the pool never had to grow")
+    expected = model(tokens[:, : t + 1], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def refuse_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("number", [1, 40], ids=["step", "chunk"])
+@pytest.mark.parametrize("where", ["_chunk", "append", "extend", "_step_on_cpu", "mlp"])
+def test_an_interrupted_call_leaves_no_cache_to_go_on_with(where, number, layer, monkeypatch):
+    model, tokens = forgetful(), random_tokens(2, 80)
+    cache = FoxEvictingCache(model.config, page_size=16)
+    step(model, tokens[:, :30], cache)
+    (store,) = cache.pages.stores.values()
+    paged_attention = eviction_fox.operators()[1]
+    place = {"append": store, "extend": store, "mlp": model.model.layers[layer].mlp}.get(where, paged_attention)
+    where = "forward" if where == "mlp" else where
+    original, calls = getattr(place, where), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == layer + 1 or where == "forward":
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, where, interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            step(model, tokens[:, 30 : 30 + number], cache)
+    if not calls or (where, layer) == ("forward", 1):  # the last layer's MLP: all keys are there
+        expected = model(tokens[:, : 31 + number], use_cache=False).logits[:, -1:]
+        got = step(model, tokens[:, 30 + number : 31 + number], cache)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        return
+    with pytest.raises(
+        ValueError, match="a call was interrupted, for want of memory or by a signal. Build a new cache"
+    ):
+        step(model, tokens[:, 30 : 30 + number], cache)
+    cache.reset()
+    step(model, tokens[:, :30], cache)
 
 
 @torch.no_grad()

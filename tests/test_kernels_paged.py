@@ -476,6 +476,17 @@ def test_a_device_without_room_is_named(monkeypatch):
     got, _ = run(cache, *(x[:, :, 64:] for x in (q, k, v, gates)), [1] * 136)
     exact = forgetting_attention_reference(q.double(), k.double(), v.double(), gates)[:, :, 64:]
     assert float((got - exact).abs().max()) < 3e-4
+    # In the middle of a change there is no way back.
+    for pieces in ([1], [40]):
+        cache = new_cache(q, k, 3.0)
+        run(cache, *(x[:, :, :64] for x in (q, k, v, gates)), [64])
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(PagedKeys, "_lam" if pieces == [40] else "_append_one", full)
+            run(cache, *(x[:, :, 64 : 64 + pieces[0]] for x in (q, k, v, gates)), pieces)
+        with pytest.raises(ValueError, match="cache must be whole; got one whose change was interrupted. Start a new"):
+            run(cache, *(x[:, :, 64:65] for x in (q, k, v, gates)), [1])
+        with pytest.raises(ValueError, match="cache must be whole"):
+            cache.take_sequences(torch.tensor([1, 0]))
 
 
 @pytest.mark.parametrize("path", PATHS)

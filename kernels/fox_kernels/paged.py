@@ -151,6 +151,7 @@ class PagedKeys:
         self.full_pages = [0] * num_layers
         self.most_live = [0] * num_layers
         self.opened: list[torch.Tensor | None] = [None] * num_layers  # lam before the newest page, for single keys
+        self.is_whole = True  # False while keys are added, and from then on if that was interrupted
         self.changes = 0  # grows whenever pages come or go
         self.looked_up = {}  # of paged_attention.py: where the live keys of a layer are, as of `changes`
         self.committed = [0] * num_layers  # keys that there were when something was dropped
@@ -159,6 +160,11 @@ class PagedKeys:
         """U of the query heads of a layer, `(H,)` nats, before its first key."""
         self.logit_bound[layer] = bound.to(self.logit_bound)
         self.is_bounded[layer] = True
+
+    def check_whole(self) -> None:
+        """Raise a ValueError after a call that ran out of memory, or was interrupted, in the middle of its changes."""
+        if not self.is_whole:
+            raise ValueError("cache must be whole; got one whose change was interrupted. Start a new cache.")
 
     # -- Appending ----------------------------------------------------------------------------------------------------
 
@@ -334,7 +340,8 @@ class PagedKeys:
     @outside_of_autograd
     def take_sequences(self, index: torch.Tensor) -> None:
         """Sequence b becomes the old sequence `index[b]`, `(new B,)` int64. Full pages are shared, not copied."""
-        index = index.to(self.device)
+        self.check_whole()
+        index, self.is_whole = index.to(self.device), False
         for name in ("table", "first_key", "totals", "evicted", "evicted_at", "worst"):
             setattr(self, name, getattr(self, name).index_select(1, index))
         if self.key_start is not None:
@@ -357,6 +364,7 @@ class PagedKeys:
                 pool = getattr(self, name)
                 pool[new.long()] = pool[old.long()]
             self.table[layer, copies[:, None], :, columns] = new.transpose(1, 2)
+        self.is_whole = True
 
     @outside_of_autograd
     def start_over(self, which: torch.Tensor) -> None:

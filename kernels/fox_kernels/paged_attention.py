@@ -63,29 +63,36 @@ def paged_attention(
         dropped and pruned together, if the logit bound of the layer holds and `cache.max_pages` is None.
 
     Raises:
-        ValueError: If a shape, dtype or device is not one of the above, or gradients are asked for.
+        ValueError: If a shape, dtype or device is not one of the above, gradients are asked for, or an earlier call
+            was interrupted while it changed `cache`.
         ImportError: For CUDA tensors without Triton.
     """
     _check_products(q, k, v)
     _check_against(cache, q, k, log_fgate)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if q.device.type == "cuda" and q.shape[2] <= MAX_STEP:
+        _require_triton()
     # Tensors made in inference mode could not be written to outside of it.
     with torch.inference_mode(False), torch.no_grad(), on_device_of(q):
         if q.shape[2] > MAX_STEP:
             if not may_evict:
                 cache.evict(only=layer)
             out = _chunk(q, k, v, log_fgate, cache, layer, scale)
+            cache.is_whole = False
             cache.extend(layer, k, v, log_fgate, may_evict)
+            cache.is_whole = True
             return out
-        if q.device.type == "cuda":
-            _require_triton()
         if not _is_capturing(q):
             cache.make_room(layer, q.shape[2])
+        cache.is_whole = False
         cache.append(layer, k, v, log_fgate)
         if q.device.type == "cuda":
-            return attend_to_live(q if q.stride(-1) == 1 else q.contiguous(), cache, layer, scale)
-        with torch.autocast("cpu", enabled=False):
-            return _step_on_cpu(q, cache, layer, scale)
+            out = attend_to_live(q if q.stride(-1) == 1 else q.contiguous(), cache, layer, scale)
+        else:
+            with torch.autocast("cpu", enabled=False):
+                out = _step_on_cpu(q, cache, layer, scale)
+        cache.is_whole = True
+        return out
 
 
 def skips_in_steps(cache: PagedKeys, layer: int) -> bool:
@@ -120,6 +127,7 @@ def check_kind(name, x, cache):
 
 
 def _check_against(cache, q, k, log_fgate):
+    cache.check_whole()
     batch, num_heads, num_new, head_dim = q.shape
     expected = (cache.batch, cache.num_heads, cache.num_kv_heads, cache.head_dim)
     if (batch, num_heads, k.shape[1], head_dim) != expected or k.shape[2] != num_new:

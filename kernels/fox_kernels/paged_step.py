@@ -53,6 +53,7 @@ def paged_step(
         ValueError: If a shape, dtype or device is not one of the above.
         ImportError: For CUDA tensors without Triton.
     """
+    cache.check_whole()
     dim = cache.head_dim
     sizes = (cache.num_heads * dim, *[cache.num_kv_heads * dim] * 2, *[cache.num_kv_heads] * 2, cache.num_heads)
     ends = [at + size for at, size in zip(columns, sizes, strict=True) if at is not None]
@@ -77,13 +78,16 @@ def paged_step(
         _require_triton()
         if not _is_capturing(parts):
             cache.make_room(layer, 1)
+        cache.is_whole = False
         if layer == 0:
             cache.lengths.add_(1)
         cache.num_keys[layer] += 1
         pool = (cache.keys, cache.values, cache.within, cache.starts)
         table, length = cache.table[layer], cache.lengths[layer]
         q = triton_step.prepare(parts, columns, *beside, eps, *pool, cache.totals[layer], table, length)
-        return attend_to_live(q[:, :, None], cache, layer, scale)[:, :, 0]
+        out = attend_to_live(q[:, :, None], cache, layer, scale)[:, :, 0]
+        cache.is_whole = True
+        return out
 
 
 def _plain(parts, cache, layer, columns, sizes, past_key, past_value, q_norm, k_norm, gate_bias, eps, scale):
