@@ -49,6 +49,11 @@ def _(parts, heads, dim, number, layer):
     return parts.new_empty(len(parts), heads, dim)
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is a tensor as such, not a quantized or sharded one that looks like it."""
+    return type(weight) in (nn.Parameter, torch.Tensor)
+
+
 class LayerWeights(NamedTuple):
     """Weights of one layer; what meets the same input is one matrix.
 
@@ -83,11 +88,13 @@ class LayerWeights(NamedTuple):
         parts = [getattr(attention, name) for name in names]
         for part in (*parts, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             # By name: the forget gate, a class of its own, may be of code from the Hub.
-            if part is not None and type(part).__name__ not in ("Linear", "FoxForgetGate"):
-                raise ValueError(
-                    f"`model` must have plain linear layers for a fused step; got a {type(part).__name__}. Merge "
-                    "adapters first, and leave quantized models to `model` itself."
-                )
+            if part is None or (type(part).__name__ in ("Linear", "FoxForgetGate") and is_plain(part.weight)):
+                continue
+            weight = type(getattr(part, "weight", None)).__name__
+            raise ValueError(
+                f"`model` must have plain linear layers for a fused step; got a {type(part).__name__} with a {weight} "
+                "for a weight. Merge adapters first, and leave quantized and sharded models to `model` itself."
+            )
         dtypes = {part.weight.dtype for part in parts if part is not None}
         if len(dtypes) > 1:
             raise ValueError(
@@ -200,7 +207,7 @@ class FusedStep:
         store = one_store(cache)
         check_tokens(input_ids, store)
         is_new = store not in self._seen
-        if self.weights.have_changed() or (is_new and not torch.equal(self._sums_of_weights(), self.sums)):
+        if not self.is_current() if is_new else self.weights.have_changed():
             raise ValueError(CHANGED)
         cache.check_weights(self.model.model)
         self._seen.add(store)
@@ -209,6 +216,14 @@ class FusedStep:
             return self._function(len(input_ids))(self, input_ids)
         finally:
             self.cache = None
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that this was made of."""
+        return not self.weights.have_changed() and torch.equal(self._sums_of_weights(), self.sums)
+
+    def __reduce__(self):
+        """None: copies of a model, and models that are read from a file, make a step of their own."""
+        return type(None), ()
 
     @torch.no_grad()
     def _sums_of_weights(self):

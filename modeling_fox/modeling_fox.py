@@ -46,7 +46,7 @@ from .attention_fox import (
 from .cache_fox import prepare_cache
 from .configuration_fox import FoxConfig
 from .conversion_fox import LoadsOtherCheckpoints
-from .eviction_fox import make_evicting_cache
+from .generation_fox import DecodesFox
 from .hub_fox import SavesCode
 from .masks_fox import make_masks, positions_of_documents, refuse_parts_of_rows
 
@@ -513,7 +513,7 @@ class FoxModel(FoxPreTrainedModel):
 
 
 @auto_docstring
-class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
+class FoxForCausalLM(DecodesFox, FoxPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -525,27 +525,6 @@ class FoxForCausalLM(FoxPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if generation_config.cache_implementation == "quantized":
-            raise ValueError(
-                "`cache_implementation` must not be 'quantized' for FoX: it has no place for the forget gates. "
-                "Use 'dynamic', 'static', 'offloaded', or 'fox', which keeps what is not forgotten."
-            )
-        has_own = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
-        if generation_config.cache_implementation == "fox" and not has_own:
-            model_kwargs["past_key_values"] = make_evicting_cache(self.config, generation_config)
-            # `generate` works on a copy, and hands it to an assistant, which has made a cache for itself by then.
-            generation_config.cache_implementation = None
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: the pages of continuous batching hold keys and values only."""
-        raise ValueError(
-            "continuous batching is not for FoX: its pages have no place for the forget gates. Use `generate` with a "
-            "batch padded on the left."
-        )
 
     @can_return_tuple
     @auto_docstring

@@ -28,6 +28,8 @@ CODE = {
         "configuration",
         "conversion",
         "eviction",
+        "generation",
+        "graphed",
         "hub",
         "masks",
         "modeling",
