@@ -223,8 +223,9 @@ def refuse_memory(*args, **kwargs):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("number", [1, 40], ids=["step", "chunk"])
-@pytest.mark.parametrize("where", ["_chunk", "append", "extend", "_step_on_cpu", "mlp"])
+@pytest.mark.parametrize(
+    ("where", "number"), [("append", 1), ("_step_on_cpu", 1), ("mlp", 1), ("_chunk", 40), ("extend", 40)]
+)
 def test_an_interrupted_call_leaves_no_cache_to_go_on_with(where, number, layer, monkeypatch):
     model, tokens = forgetful(), random_tokens(2, 80)
     cache = FoxEvictingCache(model.config, page_size=16)
@@ -245,7 +246,7 @@ def test_an_interrupted_call_leaves_no_cache_to_go_on_with(where, number, layer,
         patch.setattr(place, where, interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             step(model, tokens[:, 30 : 30 + number], cache)
-    if not calls or (where, layer) == ("forward", 1):  # the last layer's MLP: all keys are there
+    if (where, layer) == ("forward", 1):  # the last layer's MLP: all keys are there
         expected = model(tokens[:, : 31 + number], use_cache=False).logits[:, -1:]
         got = step(model, tokens[:, 30 + number : 31 + number], cache)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
