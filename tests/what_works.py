@@ -63,6 +63,10 @@ ROWS = {
             ],
         ),
         "the same as CUDA graphs": ("eviction_step", ["gpu_replayed_steps_give_the_logits_of_the_model"]),
+        "such steps in `generate`, by a `compile_config`": (
+            "eviction_generate",
+            ["the_text_is_the_same", "other_weights_are_another_step", "what_cannot_be_compiled_is_said"],
+        ),
         "refused: quantized cache, continuous batching": (
             "modeling_generation",
             ["caches_without_a_place_for_gates_are_refused_with_those_that_have_one"],
