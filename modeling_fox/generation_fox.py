@@ -56,6 +56,8 @@ class DecodesFox:
             reason = f"the model is on {self.device}"
         elif generation_config.output_attentions or generation_config.output_hidden_states:
             reason = "a fused step has no attentions or hidden states to give out"
+        elif self.training and self.config.hidden_dropout:
+            reason = "the model is training, and a fused step drops nothing; call `model.eval()`"
         elif cache.layers[0].record_past or cache.pages.logit_bound is not None:
             reason = "the cache is for assisted decoding or has a logit_bound"
         else:

@@ -158,7 +158,7 @@ class FusedStep:
     """Feeds one token a sequence to a FoX model over an evicting cache: the model's logits, in fewer operations.
 
     Weights that meet the same input are copied into one matrix, so that they take one product. One object serves any
-    number of caches, one call at a time.
+    number of caches, one call at a time. Dropout is never applied.
 
     Args:
         model: A `FoxForCausalLM` on one device, without RoPE, with plain linear layers.

@@ -95,13 +95,17 @@ def test_copies_and_files_of_a_model_have_no_step(model, compiled):
     ("options", "reason"),
     [
         ({"output_hidden_states": True}, "hidden states"),
+        ({"training": True}, "training"),
         ({"past_key_values": "bound"}, "logit_bound"),
         ({"past_key_values": "recording"}, "assisted"),
     ],
 )
 def test_what_cannot_be_compiled_is_said(model, compiled, caplog, monkeypatch, options, reason):
+    options = dict(options)
     transformers_logging.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    if options.pop("training", False):
+        model.train().config.hidden_dropout = 0.1
     if "past_key_values" in options:
         cache = FoxEvictingCache(model.config, logit_bound=20.0 if options["past_key_values"] == "bound" else None)
         if options["past_key_values"] == "recording":
