@@ -39,6 +39,16 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert names["stats"].pruned_fraction.shape == (8,)
 
 
+def test_the_figures_at_the_top_are_those_that_were_recorded():
+    top = README[: README.index("```")]
+    rows = [line for line in top.splitlines() if line.startswith("|")][2:]
+    measured = README[README.index("\n## Measured") :]
+    recorded = measured + "".join((ROOT / x).read_text(encoding="utf-8") for x in ("RESULTS.md", "kernels/README.md"))
+    figures = [figure for row in rows for cell in row.split("|")[2:] for figure in re.findall(r"\d[\d,]*\.?\d+", cell)]
+    assert len(figures) >= 2 * len(rows) >= 8
+    assert [figure for figure in figures if figure not in recorded] == []
+
+
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([\w-]+)", README)) - {"it"}))
 def test_make_targets_of_the_readme_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
