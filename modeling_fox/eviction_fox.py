@@ -310,6 +310,7 @@ class FoxEvictingLayer(FoxDynamicLayer):
             raise ValueError(
                 f"`tokens_to_remove` must be 0 or negative; got {tokens_to_remove}. Pass -n to remove n tokens."
             )
+        tokens_to_remove = int(tokens_to_remove)  # Transformers 5.17 gives a tensor
         num_left = max(self.get_seq_length() + tokens_to_remove, 0)
         shifts = (None, None)
         if num_left:
