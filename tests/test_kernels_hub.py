@@ -30,11 +30,40 @@ def project(tmp_path_factory):
     return out
 
 
-def run_without_the_package(code, project, *arguments):
-    """`code` in a process in which `import fox_kernels` fails; `project` is its first argument."""
-    hide = "import sys; sys.modules['fox_kernels'] = None; "
+# In a process in which `import fox_kernels` fails; the first argument is the folder, the others are pytest's.
+ALONE = """
+import sys
+sys.modules["fox_kernels"] = None
+import kernels, pathlib, pytest, torch
+fox = kernels.get_local_kernel(pathlib.Path(sys.argv[1]))
+q, k, v = torch.randn(3, 2, 4, 70, 16).unbind()
+gates = torch.nn.functional.logsigmoid(torch.randn(2, 4, 70))
+inputs = [x.requires_grad_() for x in (q, k, v, gates)]
+out = fox.forgetting_attention(*inputs)
+expected = fox.forgetting_attention_reference(*inputs)
+for x, y in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))):
+    torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+assert kernels.get_kernel("someone/fox-kernels", version=1) is fox
+assert sys.modules["fox_kernels"] is None
+print("It stands alone.")
+
+# The package's own tests, on the kernel: of the package only the name is left.
+modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == fox.__name__}
+sys.modules.update({name.replace(fox.__name__, "fox_kernels", 1): x for name, x in modules.items()})
+sys.exit(pytest.main(["-q", "-x", "--rootdir=.", "-p", "no:cacheprovider", *sys.argv[2:], "tests"]))
+"""
+PYTEST = (
+    *("--import-mode=importlib", "-o", "pythonpath=tests"),
+    *("-W", "ignore::pytest.PytestUnknownMarkWarning"),
+    *("-k", "float32 or hand_worked or closed_gate or of_the_others or band_mask"),
+)
+
+
+@pytest.fixture(scope="module")
+def alone(project):
+    """How the process of `ALONE` has ended."""
     return subprocess.run(
-        [sys.executable, "-c", hide + code, project, *arguments], cwd=project, capture_output=True, text=True,
+        [sys.executable, "-c", ALONE, project, *PYTEST], cwd=project, capture_output=True, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"someone/fox-kernels={project}"},
     )  # fmt: skip
 
@@ -54,43 +83,14 @@ def test_the_hub_kernel_and_the_package_live_in_one_process(project):
     assert ours is not theirs
 
 
-def test_the_hub_kernel_stands_alone(project):
-    done = run_without_the_package(
-        "import kernels, pathlib, torch\n"
-        "fox = kernels.get_local_kernel(pathlib.Path(sys.argv[1]))\n"
-        "q, k, v = torch.randn(3, 2, 4, 70, 16).unbind()\n"
-        "gates = torch.nn.functional.logsigmoid(torch.randn(2, 4, 70))\n"
-        "inputs = [x.requires_grad_() for x in (q, k, v, gates)]\n"
-        "out = fox.forgetting_attention(*inputs)\n"
-        "expected = fox.forgetting_attention_reference(*inputs)\n"
-        "for x, y in zip(*(torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))):\n"
-        "    torch.testing.assert_close(x, y, atol=1e-4, rtol=0)\n"
-        "assert kernels.get_kernel('someone/fox-kernels', version=1) is fox\n"
-        "assert sys.modules['fox_kernels'] is None\n",
-        project,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_hub_kernel_stands_alone(alone):
+    assert "It stands alone.\n" in alone.stdout, alone.stderr
 
 
-def test_the_operators_own_tests_pass_on_the_hub_kernel(project):
-    """Those that came along in its folder; of the package's only the name is left."""
-    done = run_without_the_package(
-        "import kernels, pathlib, pytest\n"
-        "fox = kernels.get_local_kernel(pathlib.Path(sys.argv[1]))\n"
-        "modules = {name: module for name, module in sys.modules.items() if name.split('.')[0] == fox.__name__}\n"
-        "sys.modules.update({name.replace(fox.__name__, 'fox_kernels', 1): x for name, x in modules.items()})\n"
-        "sys.exit(pytest.main(['-q', '-x', '--rootdir=.', '-p', 'no:cacheprovider', *sys.argv[2:], 'tests']))\n",
-        project,
-        *("--import-mode=importlib", "-o", "pythonpath=tests"),
-        *(
-            "-W",
-            "ignore::pytest.PytestUnknownMarkWarning",
-            "-k",
-            "float32 or hand_worked or closed_gate or of_the_others or band_mask",
-        ),
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_the_operators_own_tests_pass_on_the_hub_kernel(alone):
+    """Those that came along in its folder."""
+    assert alone.returncode == 0, alone.stdout[-3000:] + alone.stderr[-2000:]
+    assert " passed" in alone.stdout
 
 
 def test_the_metadata_is_what_the_loader_expects(project):
