@@ -56,6 +56,8 @@ class DecodesFox:
             reason = f"the model is on {self.device}"
         elif generation_config.output_attentions or generation_config.output_hidden_states:
             reason = "a fused step has no attentions or hidden states to give out"
+        elif generation_config.prefill_chunk_size == 1:
+            reason = "the pieces of the prompt are single tokens, of which some may be padding"
         elif self.training and self.config.hidden_dropout:
             reason = "the model is training, and a fused step drops nothing; call `model.eval()`"
         elif cache.layers[0].record_past or cache.pages.logit_bound is not None:
@@ -71,17 +73,18 @@ class DecodesFox:
 
     def get_compiled_call(self, compile_config) -> Callable:
         """That of Transformers; over an evicting cache one step a token."""
-        usual, call_it = super().get_compiled_call, None
+        usual, compiled, step = super().get_compiled_call, None, None
 
         def call(**inputs):
-            nonlocal call_it
-            cache = inputs.get("past_key_values")
-            is_evicting = isinstance(cache, FoxEvictingCache)
-            if call_it is None:
-                call_it = self._step_over(cache) if is_evicting else usual(compile_config)
-            if not is_evicting:
-                return call_it(**inputs)
-            return CausalLMOutputWithPast(logits=call_it(inputs["input_ids"]), past_key_values=cache)
+            nonlocal compiled, step
+            cache, tokens = inputs.get("past_key_values"), inputs.get("input_ids")
+            if not isinstance(cache, FoxEvictingCache):
+                compiled = compiled or usual(compile_config)
+                return compiled(**inputs)
+            if tokens is None or tokens.shape[1] != 1 or cache.get_seq_length() == 0:  # a piece of the prompt
+                return self(**inputs)
+            step = step or self._step_over(cache)
+            return CausalLMOutputWithPast(logits=step(tokens), past_key_values=cache)
 
         return call
 

@@ -62,7 +62,12 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True, "temperature": 0.7, "num_return_sequences": 2}, {"eos_token_id": 7}]
+    "options",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.7, "num_return_sequences": 2},
+        {"eos_token_id": 7, "prefill_chunk_size": 29},
+    ],
 )
 def test_the_text_is_the_same(model, compiled, options):
     expected = generated(model, None, **options)
@@ -96,6 +101,7 @@ def test_copies_and_files_of_a_model_have_no_step(model, compiled):
     [
         ({"output_hidden_states": True}, "hidden states"),
         ({"training": True}, "training"),
+        ({"prefill_chunk_size": 1}, "single tokens"),
         ({"past_key_values": "bound"}, "logit_bound"),
         ({"past_key_values": "recording"}, "assisted"),
     ],
