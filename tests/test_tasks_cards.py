@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
+from fox_training.card import METRICS
 from fox_training.untrained_card import main, untrained_card
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +26,22 @@ def test_the_card_of_a_recipe_is_of_a_run_or_says_that_there_was_none(recipe):
         assert card == untrained_card(recipe)
     else:
         assert f"--recipe training/recipes/{recipe.name}" in card and "bits per byte" in card
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_hub_reads_its_metadata(recipe):
+    """By the Hub's own library, without its service: what it does not know it would refuse or drop."""
+    card, source = ModelCard(card_of(recipe)), yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert card.data.tags == ["forgetting-transformer", "fox"]
+    results = card.data.eval_results or []
+    assert [x.metric_type for x in results] == ([] if "Not trained yet" in card.text else list(METRICS))
+    assert card.data.metrics == ([x.metric_type for x in results] or None)
+    if "Not trained yet" in card.text:
+        assert card.data.datasets == ([source["path"]] if source.get("source") == "hub" else None)
+    else:
+        bits, perplexity, accuracy = (x.metric_value for x in results)
+        assert f"| {bits:.4f} | {perplexity:.3f} | {100 * accuracy:.1f} % |" in card.text
 
 
 def test_a_card_without_a_run_says_what_the_recipe_says(tmp_path, capsys):

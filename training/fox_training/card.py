@@ -198,6 +198,12 @@ def dataset_name(recipe: dict[str, Any]) -> str:
     return DATASETS.get(data["source"]) or (data["path"] if data["source"] == "hub" else Path(data["path"]).name)
 
 
+def card_basics(model_type: str) -> dict[str, Any]:
+    """The metadata of every card, by which the Hub finds the library, the widget and the other models of the kind."""
+    tags = ["forgetting-transformer", "fox"] if model_type == "fox" else None
+    return {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+
+
 def _metadata(facts: dict[str, Any], title: str, license: str | None):
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -217,16 +223,14 @@ def _metadata(facts: dict[str, Any], title: str, license: str | None):
             )
             for metric, name in METRICS.items()
         ]
-    is_fox = facts["config"]["model_type"] == "fox"
     return ModelCardData(
         model_name=title if results else None,
         eval_results=results,
         license=license,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["forgetting-transformer", "fox"] if is_fox else None,
         base_model=recipe["model"]["pretrained"],
         datasets=[hub_data] if hub_data else None,
+        metrics=list(METRICS) if results else None,
+        **card_basics(facts["config"]["model_type"]),
     )
 
 

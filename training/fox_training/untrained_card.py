@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 
-from .card import dataset_name
+from .card import card_basics, dataset_name
 from .commands import command_parser
 from .models import build_model
 from .recipe import Recipe, load_recipe, recipe_to_dict
@@ -23,10 +24,14 @@ After training the card is that of the run, by `python -m fox_training.card`.
 """
 
 TEMPLATE = """\
+---
+{metadata}
+---
+
 # {name}
 
-**Not trained yet: there are no weights, and nothing was measured.** This card says what the recipe would train. It is
-written by `python -m fox_training.untrained_card` from that file alone.
+**Not trained yet: there are no weights, and no figure of quality.** This card says what the recipe would train; speed,
+and runs of other budgets, are in RESULTS.md. It is written by `python -m fox_training.untrained_card` from the recipe.
 
 {kind}, variant {variant}:
 {layers} layers, {heads} heads, width {width}, {parameters:,} parameters without the embeddings.
@@ -93,7 +98,9 @@ def untrained_card(path: Path) -> str:
         model = build_model(recipe.model, byte_tokenizer())
     config, rows = model.config, data.batch_size
     tolerance = getattr(config, "log_pruning_tolerance", None)
+    hub_data = [data.path] if data.source == "hub" else None
     return TEMPLATE.format(
+        metadata=ModelCardData(datasets=hub_data, **card_basics(config.model_type)).to_yaml(),
         name=path.stem,
         kind=BASELINE if getattr(config, "fgate_type", None) == "none" else FOX,
         variant=recipe.model.variant,
