@@ -104,7 +104,7 @@ class Weights:
     def __init__(self, model: nn.Module, with_addresses: bool = False):
         self.model, self.with_addresses = weakref.ref(model), with_addresses
         # Not those that wait on the CPU or the disk for their turn, which is another tensor each time.
-        self.parameters = [weakref.ref(x) for x in model.parameters() if not x.is_meta]
+        self.parameters = [weakref.ref(x) for x in model.parameters() if x.device.type != "meta"]
         self.parents = [weakref.ref(x) for x in model.modules() if x._modules]
         self.state = self._state()
 

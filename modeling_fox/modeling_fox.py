@@ -327,10 +327,19 @@ class FoxAttention(nn.Module):
 
         A normalized head times its weight is at most `max|weight| * sqrt(D)` long, before and after rotation, so a
         score is at most `max|w_q| * max|w_k| * sqrt(D)`, plus a margin for rounding to `dtype`, that of the queries.
+
+        Raises:
+            ValueError: If the weights are offloaded.
         """
         if self.q_norm is None:
             return None
         weights = (self.q_norm.weight, self.k_norm.weight)
+        if any(w.device.type == "meta" for w in weights):
+            raise ValueError(
+                f"`device_map` must keep layer {self.layer_idx} where it computes, to bound its scores for pruning or "
+                "an evicting cache; got norms that wait on the CPU or the disk. Set `log_pruning_tolerance` to None, "
+                "or take another cache."
+            )
         # Tensor parallelism: the local part holds the heads of this rank.
         weights = (w.to_local() if hasattr(w, "to_local") else w for w in weights)
         largest_q, largest_k = (w.detach().float().abs().amax(dim=-1) for w in weights)

@@ -38,6 +38,12 @@ def test_a_layer_on_disk_computes_and_generates_as_in_memory(tmp_path):
     prompt = random_tokens(1, 5)
     new = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(prompt, **new), model.generate(prompt, **new))
+    with pytest.raises(ValueError, match="`device_map` must keep layer 1 where it computes, to bound its scores"):
+        loaded.generate(prompt, cache_implementation="fox", **new)
+    loaded.set_attn_implementation("fox_acp")
+    loaded.config.log_pruning_tolerance = -10.0
+    with pytest.raises(ValueError, match="got norms that wait on the CPU or the disk. Set `log_pruning_tolerance`"):
+        logits(loaded)
 
 
 def test_a_layer_of_an_official_checkpoint_is_converted_to_disk(tmp_path):
