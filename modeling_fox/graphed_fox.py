@@ -177,11 +177,11 @@ class FusedStep:
                 "merge adapters into it first."
             )
         self.model, self.config, self.device = model, model.config, model.device
-        if self.config.use_rope or len({x.device for x in model.parameters()}) != 1:
+        devices = sorted({str(x.device) for x in model.parameters()})
+        if self.config.use_rope or len(devices) != 1 or devices == ["meta"]:
             raise ValueError(
                 "`model` must be on one device, without RoPE, for a fused step; got "
-                f"{sorted({str(x.device) for x in model.parameters()})}, use_rope={self.config.use_rope}. Call the "
-                "model itself."
+                f"{devices}, use_rope={self.config.use_rope}. Call the model itself."
             )
         if how not in HOW:
             raise ValueError(f"`how` must be one of {HOW}; got {how!r}. Take the first.")

@@ -143,6 +143,8 @@ def test_says_what_a_fused_step_cannot_do():
         FusedStep(forgetful(use_rope=True))
     with pytest.raises(ValueError, match="`model` must be a FoxForCausalLM; got a FoxModel. Take the language model"):
         FusedStep(forgetful(model_class=FoxModel))
+    with pytest.raises(ValueError, match=r"`model` must be on one device, without RoPE, .*; got \['meta'\], use_rope"):
+        FusedStep(forgetful().to("meta"))
     model, token = forgetful(), random_tokens(1, 1)
     step, cache = FusedStep(model, "plain"), FoxEvictingCache(model.config)
     with pytest.raises(ValueError, match="`cache` must hold a prompt .*; got 0 tokens on 0 devices, logit_bound=None"):
