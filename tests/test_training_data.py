@@ -113,7 +113,8 @@ def test_local_files_of_each_format_give_the_same_documents(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "missing.txt"}, "data.path .*missing.txt does not exist"),
+        ({"path": "gone"}, r"data.path .*/gone does not exist. Give a file \(.txt, .jsonl, .* or a folder"),
+        ({"path": "a.jsn"}, "data.path .*a.jsn does not exist. Did you mean /.*/a.jsonl"),
         ({"path": "a.csv"}, "files of one format"),
         ({"path": "mixed"}, "files of one format"),
         ({"path": "latin.txt"}, "no UTF-8"),

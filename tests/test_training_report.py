@@ -9,7 +9,7 @@ import pytest
 from fox_training import data_speed
 from fox_training.batches import Batches
 from fox_training.recipe import UserError, load_recipe
-from fox_training.report import main
+from fox_training.report import main, write_report
 
 
 def write_run(folder):
@@ -39,7 +39,10 @@ def test_a_report_is_one_file_with_the_figures_of_the_log(tmp_path, capsys):
     assert "&lt;b&gt;" in page and "http" not in page
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none")])
-    assert "must be the folder of a run" in capsys.readouterr().err
+    assert "must be the folder of a run; there is no folder" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval_loss": 1.0}\n')
+    with pytest.raises(UserError, match="metrics.jsonl must hold a logged step"):
+        write_report(tmp_path)
 
 
 def test_the_speed_of_the_data_counts_tokens_of_whole_steps_over_their_time(tmp_path, monkeypatch, capsys):
@@ -61,6 +64,9 @@ def test_the_speed_of_the_data_counts_tokens_of_whole_steps_over_their_time(tmp_
     (tmp_path / "r.yaml").write_text(f"data: {{sequence_length: 64, batch_size: 4, cache_dir: {tmp_path}}}\n")
     assert data_speed.main(["--recipe", str(tmp_path / "r.yaml"), "--seconds", "0.1", "--against", str(tmp_path)]) == 0
     said = capsys.readouterr().out.split("\n")
+    with pytest.raises(SystemExit):
+        data_speed.main(["--recipe", str(tmp_path / "r.yaml"), "--seconds", "-1"])
+    assert "--seconds must be above 0, got -1.0" in capsys.readouterr().err
     assert float(said[2].split()[1]) == pytest.approx(
         float(said[0].split()[1].replace(",", "")) / 8000, rel=0.1, abs=0.1
     )

@@ -170,6 +170,10 @@ def test_what_cannot_be_prepared_is_one_clear_error(tmp_path, monkeypatch):
         prepared(tmp_path, shard_bytes=600)
     with pytest.raises(RecipeError, match="tokenizer.kind: byte -> char"):
         prepared(tmp_path, "data.tokenizer.kind=char")
+    with pytest.raises(RecipeError, match="--shard-bytes must be at least 1; got 0"):
+        prepared(tmp_path, shard_bytes=0)
+    with pytest.raises(RecipeError, match="--workers must be at least 1; got 0"):
+        prepared(tmp_path, workers=0)
     with pytest.raises(RecipeError, match="data.exclude_shards train-1 is no shard .*Did you mean train-0000"):
         load_data(shards_recipe(tmp_path / "shards", "data.exclude_shards=[train-1]"))
     with pytest.raises(RecipeError, match=r"data.validation_documents 6 is not what .* prepared with \(5\)"):

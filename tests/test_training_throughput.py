@@ -51,3 +51,17 @@ def test_a_share_that_cannot_be_reached_is_an_error(capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--size", "tiny", "--tokens", "64", "--arms", "fox-pruned", "--pruned-share", "0.95"])
     assert "--pruned-share 0.95 cannot be reached with 64 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--rows", "1", "2"], r"--rows must be one number from 1 on, or one for each of ['tiny']; got [1, 2]"),
+        (["--pruned-share", "70"], "--pruned-share must be in (0, 1), got 70.0"),
+    ],
+)
+def test_arguments_that_cannot_be_followed_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(["--size", "tiny", *arguments])
+    assert message in capsys.readouterr().err

@@ -30,7 +30,7 @@ def usage() -> str:
             "fox train --recipe training/recipes/demo.yaml",
             "fox evaluate runs/demo/model --ngrams",
             "",
-            *(f"  {name:<10} {text}" for name, text in COMMANDS.items()),
+            *(f"  {name:<11}{text}" for name, text in COMMANDS.items()),
             "",
             "`fox COMMAND --help` explains a command. Each is also a module: `python -m fox_training.train` and, over",
             "several GPUs, `accelerate launch -m fox_training.train`.",

@@ -11,6 +11,7 @@ A `TokenStream` is all documents behind one another, each behind the document to
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.resources
 import json
@@ -219,7 +220,10 @@ def _read_local(path: str, streaming: bool) -> Dataset | IterableDataset:
     place = Path(path).expanduser()
     if not place.exists():
         beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise RecipeError(f"data.path {path} does not exist{nearest(place.name, beside) if beside else '.'}")
+        close = difflib.get_close_matches(place.name, beside, n=1)
+        kinds = f"Give a file ({', '.join(FORMATS)}) or a folder."
+        hint = f"Did you mean {place.parent / close[0]}?" if close else kinds
+        raise RecipeError(f"data.path {path} does not exist. {hint}")
     files = sorted(p for p in place.rglob("*") if p.suffix in FORMATS and p.is_file()) if place.is_dir() else [place]
     formats = {FORMATS.get(file.suffix) for file in files}
     if len(formats) != 1 or None in formats:

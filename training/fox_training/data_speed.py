@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
     args, overrides = parser().parse_known_args(argv)
     with errors_of_the_user(parser()):
+        if not 0 < args.seconds < float("inf"):
+            raise ValueError(f"--seconds must be above 0, got {args.seconds}. 5, the default, suits most data.")
         recipe = load_recipe(args.recipe, overrides)
         figures = measure(recipe, args.seconds)
         print(

@@ -42,9 +42,7 @@ _UNUSED = ("sequence_length", "reset_at_documents", "shift_each_epoch", "batch_s
 
 def parser() -> argparse.ArgumentParser:
     """The command line; its defaults are written nowhere else."""
-    parser = command_parser(
-        "prepare", DESCRIPTION, "--recipe FILE --output FOLDER [options] [--section.field VALUE ...]"
-    )
+    parser = command_parser("prepare", DESCRIPTION, USAGE)
     add = parser.add_argument
     add("--recipe", type=Path, metavar="FILE", help="recipe whose data section is prepared")
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder of the shards")
@@ -95,8 +93,10 @@ def prepare(
 
     if recipe.data.source == "mixture" or reads_shards(recipe.data):
         raise RecipeError(f"prepare takes one source of text; got {recipe.data.source}. Prepare each part by itself.")
-    if shard_bytes < 1 or (workers is not None and workers < 1):
-        raise RecipeError(f"--shard-bytes and --workers must be at least 1; got {shard_bytes} and {workers}.")
+    if shard_bytes < 1:
+        raise RecipeError(f"--shard-bytes must be at least 1; got {shard_bytes}. The default is 64 MiB.")
+    if workers is not None and workers < 1:
+        raise RecipeError(f"--workers must be at least 1; got {workers}. Leave it out for one process on each core.")
     began = time.monotonic()
     folder = folder.expanduser()
     train, validation = load_documents(recipe.data)

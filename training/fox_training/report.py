@@ -63,10 +63,12 @@ def write_report(run: Path) -> Path:
     Raises:
         UserError: If the folder is not that of a run with a logged step.
     """
+    if not run.is_dir():
+        raise UserError(f"OUT must be the folder of a run; there is no folder {run}. Train first.")
     lines = _read(run / "metrics.jsonl")
     logged = [line for line in lines if "loss" in line]
     if not logged:
-        raise UserError(f"OUT must be the folder of a run with a logged step; {run / 'metrics.jsonl'} has none.")
+        raise UserError(f"{run / 'metrics.jsonl'} must hold a logged step, got none. Train for longer.")
     evaluated = [line for line in lines if "eval_loss" in line]
     try:
         figures = _figures(logged, evaluated, _read(run / "heads.jsonl"))

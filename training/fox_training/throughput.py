@@ -90,10 +90,10 @@ def measure_all(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
     if not 0 < args.pruned_share < 1:
         raise ValueError(f"--pruned-share must be in (0, 1), got {args.pruned_share}: a share, no percentage.")
-    if args.tokens < 2 or min(args.rows) < 1 or len(args.rows) not in (1, len(args.size)):
-        raise ValueError(
-            f"--tokens must be at least 2, --rows 1, one for all or for each size; got {args.tokens} and {args.rows}."
-        )
+    if args.tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, got {args.tokens}: each but the first is predicted.")
+    if min(args.rows) < 1 or len(args.rows) not in (1, len(args.size)):
+        raise ValueError(f"--rows must be one number from 1 on, or one for each of {args.size}; got {args.rows}.")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
