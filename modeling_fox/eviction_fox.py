@@ -97,14 +97,16 @@ class Weights:
     is written through `.data` does not show. Holds on to nothing.
 
     Args:
-        with_addresses: Show, too, what was moved, cast or given other memory. Not where weights are sharded, and have
-            other memory each time that they are gathered.
+        with_address: Show, too, that the model was moved or cast, by where its first weight is. Not where weights are
+            sharded, and have other memory each time that they are gathered.
     """
 
-    def __init__(self, model: nn.Module, with_addresses: bool = False):
-        self.model, self.with_addresses = weakref.ref(model), with_addresses
-        # Not those that wait on the CPU or the disk for their turn, which is another tensor each time.
-        self.parameters = [weakref.ref(x) for x in model.parameters() if x.device.type != "meta"]
+    def __init__(self, model: nn.Module, with_address: bool = False):
+        self.model, self.with_address = weakref.ref(model), with_address
+        # Not those that wait on the CPU or the disk for their turn, which is another tensor each time, and not those
+        # that count no versions.
+        tracked = [x for x in model.parameters() if x.device.type != "meta" and not x.is_inference()]
+        self.parameters = [weakref.ref(x) for x in tracked]
         self.parents = [weakref.ref(x) for x in model.modules() if x._modules]
         self.state = self._state()
 
@@ -113,14 +115,14 @@ class Weights:
         return self.state != self._state() or (model is not None and self.model() is not model)
 
     def _state(self):
-        parameters, parents = [x() for x in self.parameters], [x() for x in self.parents]
-        if any(x is None for x in parameters) or any(x is None for x in parents):
+        try:
+            return (
+                [x()._version for x in self.parameters],
+                [id(child) for x in self.parents for child in x()._modules.values()],
+                self.parameters[0]().data_ptr() if self.with_address and self.parameters else None,
+            )
+        except AttributeError:  # of None, where one is gone
             return None
-        return (
-            [None if x.is_inference() else x._version for x in parameters],
-            [x.data_ptr() for x in parameters if self.with_addresses],
-            [id(child) for parent in parents for child in parent._modules.values()],
-        )
 
 
 class _Pages:

@@ -193,7 +193,7 @@ class FusedStep:
         self.ogate_act = getattr(base.layers[0].self_attn, "ogate_act", None)
         self.embeddings = base.embed_tokens.weight.detach()
         self.norm, self.head = base.norm.weight.detach(), model.lm_head.weight.detach()
-        self.weights, self.sums = Weights(model, with_addresses=True), self._sums_of_weights()
+        self.weights, self.sums = Weights(model, with_address=True), self._sums_of_weights()
         self._compiled, self._seen = {}, weakref.WeakSet()
 
     @torch.no_grad()
@@ -310,6 +310,8 @@ class GraphedStep:
         one_store(cache)
         self.model, self.cache = model, cache
         self.weights = model.weights if isinstance(model, FusedStep) else Weights(model, True)
+        # A graph reads them where they were when it was recorded.
+        self.kept = [] if isinstance(model, FusedStep) else [x.detach() for x in model.parameters()]
         self.graph = self.input_ids = self.logits = self._addresses = self._seen = None
 
     @torch.no_grad()
