@@ -65,6 +65,7 @@ def test_an_empty_prompt_starts_a_document(folder, capsys):
         pytest.param({"--top-p": "95"}, r"--top-p must be in \(0, 1\], got 95.0: a probability", id="percentage"),
         pytest.param({"--seed": "-1"}, "--seed must be in", id="seed"),
         pytest.param({"--attention": "fox_acp"}, "fox_acp needs forget gates", id="attention-of-another-model"),
+        pytest.param({"--device": "cuda:99"}, "--device must be one that .* got cuda:99", id="device"),
         pytest.param({"--max-tokens": "3"}, "unrecognized arguments: --max-tokens 3", id="misspelt"),
     ],
 )

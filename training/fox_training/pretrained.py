@@ -74,6 +74,13 @@ def load_model(
         ValueError: If the model cannot be loaded as asked.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+        raise ValueError(
+            f"--device must be one that PyTorch finds here, got {device} ({_first_line(error)}). Leave it out for the "
+            "GPU, or the CPU where there is none."
+        ) from error
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     options = {"dtype": dtype} if attention is None else {"dtype": dtype, "attn_implementation": attention}
