@@ -453,6 +453,11 @@ class FoxEvictingCache(Cache):
             self.pages.set_key_start(first)
         return new
 
+    @property
+    def allows_steps(self) -> bool:
+        """Whether fused steps may go on from it: no score is checked, and no token may be taken back."""
+        return self.pages.logit_bound is None and not self.layers[0].record_past
+
     @outside_of_compilation
     def check_weights(self, model: nn.Module | None = None) -> None:
         """Refuse to go on after a weight update. A FoxModel calls it before every token.

@@ -60,7 +60,7 @@ class DecodesFox:
             reason = "the pieces of the prompt are single tokens, of which some may be padding"
         elif self.training and self.config.hidden_dropout:
             reason = "the model is training, and a fused step drops nothing; call `model.eval()`"
-        elif cache.layers[0].record_past or cache.pages.logit_bound is not None:
+        elif not cache.allows_steps:
             reason = "the cache is for assisted decoding or has a logit_bound"
         else:
             try:

@@ -133,12 +133,12 @@ def one_store(cache: FoxEvictingCache):
     Raises:
         ValueError: If it is another.
     """
-    pages, is_recording = cache.pages, cache.layers[0].record_past
-    if len(pages.stores) != 1 or pages.logit_bound is not None or is_recording:
+    pages = cache.pages
+    if len(pages.stores) != 1 or not cache.allows_steps:
         raise ValueError(
             "`cache` must hold a prompt on one device, have no `logit_bound` and not be for assisted decoding; got "
             f"{cache.get_seq_length()} tokens on {len(pages.stores)} devices, logit_bound={pages.logit_bound}, "
-            f"recording={is_recording}. Feed the prompt to the model, or call the model itself."
+            f"recording={cache.layers[0].record_past}. Feed the prompt to the model, or call the model itself."
         )
     (store,) = pages.stores.values()
     return store

@@ -136,10 +136,7 @@ def claim_folder(options: RunOptions, is_main: bool = True) -> None:
                 "Give a new run an output_dir of its own."
             )
     if is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name("options.json.tmp")
-        temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        _write_at_once(path, (json.dumps(own, indent=1) + "\n").encode())
 
 
 def make_environments(
@@ -324,6 +321,14 @@ class Log:
             self.trackio.finish()
 
 
+def _write_at_once(path: Path, data: bytes) -> None:
+    """A file that is there whole, or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
 def save_checkpoint(path: Path, envs: VectorEnv | None, **states: Any) -> None:
     """Write a resumable state in one visible step, with the random state and, if they can be pickled, environments."""
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -335,10 +340,7 @@ def save_checkpoint(path: Path, envs: VectorEnv | None, **states: Any) -> None:
         pickled = None
     buffer = io.BytesIO()
     torch.save({**states, "random": random_state, "envs": pickled}, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)
+    _write_at_once(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

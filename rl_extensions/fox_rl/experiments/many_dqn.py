@@ -20,7 +20,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from fox_rl.agents.common import build_q_network
 from fox_rl.agents.dqn import Options, epsilon, value_error
-from fox_rl.experiments.many_td3 import Graphed, wait_for
+from fox_rl.experiments.many_td3 import Graphed, at_host, wait_for
 from fox_rl.experiments.workers import EnvironmentPool
 from fox_rl.q_network import QNetwork
 from fox_rl.replay import MultiStep
@@ -72,16 +72,13 @@ class ManyDQN:
         self.sizes, self.places = np.zeros((2, self.num_runs), dtype=np.int64)
         self.size = torch.zeros(self.num_runs, 1, dtype=torch.long, device=device)
         self.first_rows = torch.arange(self.num_runs, device=device)[:, None] * capacity
-
-        def at_host(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*size, dtype=dtype, pin_memory=on_gpu)
-
-        # What goes to the device and back, in memory that its graphs read and write themselves.
+        # What goes to the device and back.
         most = self.num_runs * options.multi_steps
-        self.sent_rows, self.sent_places = at_host(most, self.rows.shape[1]), at_host(most, dtype=torch.long)
-        self.sent_sizes = at_host(self.num_runs, 1, dtype=torch.long)
-        self.sent_observation = at_host(self.num_runs, self.observation_size)
-        self.received_choice = at_host(self.num_runs, dtype=torch.long)
+        self.sent_rows = at_host(device, most, self.rows.shape[1])
+        self.sent_places = at_host(device, most, dtype=torch.long)
+        self.sent_sizes = at_host(device, self.num_runs, 1, dtype=torch.long)
+        self.sent_observation = at_host(device, self.num_runs, self.observation_size)
+        self.received_choice = at_host(device, self.num_runs, dtype=torch.long)
         self.generator: torch.Generator | None = None  # PyTorch's own
         self.act, self.receive, self.update = (
             Graphed(x, on_gpu and graphs, self._new_generator) for x in (self._act, self._receive, self._update)

@@ -114,6 +114,11 @@ class Graphed:
                 self.on_failure()
 
 
+def at_host(device: torch.device, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros on the CPU that graphs of `device` read and write themselves."""
+    return torch.zeros(*size, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 def wait_for(device: torch.device) -> None:
     """Until all that was asked of it is done."""
     if device.type == "cuda":
@@ -149,15 +154,11 @@ class ManyTD3:
         self.rows = torch.zeros(self.num_runs, capacity, row, device=device)
         self.place = torch.zeros(1, dtype=torch.long, device=device)
         self.size = torch.zeros(1, dtype=torch.long, device=device)
-
-        def at_host(*size: int) -> Tensor:
-            return torch.zeros(*size, pin_memory=on_gpu)
-
-        # What goes to the device and back, in memory that its graphs read and write themselves.
-        self.sent_row = at_host(self.num_runs, row)
-        self.sent_observation = at_host(self.num_runs, self.observation_size)
-        self.received_action = at_host(self.num_runs, self.action_size)
-        self.received_values = at_host(2, self.num_runs)
+        # What goes to the device and back.
+        self.sent_row = at_host(device, self.num_runs, row)
+        self.sent_observation = at_host(device, self.num_runs, self.observation_size)
+        self.received_action = at_host(device, self.num_runs, self.action_size)
+        self.received_values = at_host(device, 2, self.num_runs)
         self.generator: torch.Generator | None = None  # PyTorch's own
         functions = (
             self._receive, self._act, lambda: self._update(with_actor=False), lambda: self._update(with_actor=True)
