@@ -138,6 +138,7 @@ def test_quantized_weights_make_no_step(model):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_text_from_graphs_is_the_same(made, dtype):
     model = copy.deepcopy(made).to("cuda", dtype)
