@@ -131,7 +131,28 @@ def test_the_command_line_reaches_the_jobs():
     assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 15
 
 
+def test_later_runs_add_seeds():
+    names = ["early-stop-ant", "pruning-cartpole", "memory", "pruning-atari"]
+
+    def planned(*arguments):
+        return runner.planned(runner.build_parser().parse_args([*names, "--seeds", "2", *arguments]))
+
+    def seeds(job):
+        runs = job.settings.get("runs") or [("", job.settings["seed"])]
+        return sorted({own["seed"] if isinstance(own, dict) else own for _, own in runs})
+
+    first, later = planned(), planned("--first-seed", "5")
+    assert [seeds(job) for job in later] == [[seed + 5 for seed in seeds(job)] for job in first]
+    assert seeds(later[0]) == [5, 6]
+    assert not {job.name for job in first} & {job.name for job in later}
+
+
 def test_says_what_is_wrong(capsys):
-    with pytest.raises(SystemExit):
-        runner.main(["memory", "--workers", "0"])
-    assert "--workers and --seeds must be at least 1; got 0" in capsys.readouterr().err
+    for arguments, message in (
+        (["memory", "--workers", "0"], "--workers and --seeds must be at least 1; got 0"),
+        (["memory", "--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["throughput", "--first-seed", "3"], "0 for throughput, whose runs are rounds; got 3"),
+    ):
+        with pytest.raises(SystemExit):
+            runner.main(arguments)
+        assert message in capsys.readouterr().err

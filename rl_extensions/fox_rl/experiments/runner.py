@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/experiments"), help="folder (default: runs/experiments)"
     )
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm (default: of each experiment)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the runs of an arm have the seeds from here on")
     parser.add_argument("--steps", type=int, default=None, help="environment steps of a run (default: of each)")
     parser.add_argument("--seconds", type=float, default=None, help="stop everything after this time (default: never)")
     parser.add_argument(
@@ -146,6 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if options.workers < 1 or (options.seeds is not None and options.seeds < 1):
         build_parser().error(f"--workers and --seeds must be at least 1; got {options.workers} and {options.seeds}")
+    if options.first_seed < 0 or (options.first_seed and "throughput" in options.names):
+        build_parser().error(
+            f"--first-seed must be at least 0, and 0 for throughput, whose runs are rounds; got {options.first_seed}"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.csv"
     missing = 0
@@ -164,8 +170,23 @@ def planned(options: argparse.Namespace) -> list[Job]:
     for name in options.names:
         experiment = EXPERIMENTS[name]
         jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
+    if options.first_seed:
+        jobs = [from_seed(job, options.first_seed) for job in jobs]
     for job in jobs:
         if job.run in (train_many, train_many_dqn):
             job.settings.update({"graphs": False} if options.eager else {})
             job.settings.update({"workers": options.env_workers} if options.env_workers else {})
     return jobs
+
+
+def from_seed(job: Job, first: int) -> Job:
+    """The job with its seeds counted from `first` in place of 0, under a name of its own."""
+    settings = dict(job.settings)
+    if "seed" in settings:
+        settings["seed"] += first
+    else:
+        settings["runs"] = [
+            (arm, {**own, "seed": own["seed"] + first} if isinstance(own, dict) else own + first)
+            for arm, own in settings["runs"]
+        ]
+    return replace(job, name=f"{job.name} from seed {first}", settings=settings)
