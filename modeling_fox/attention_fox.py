@@ -183,7 +183,9 @@ def eager_attention_forward(
     decay = (high[..., -num_queries:, None] - high[..., None, :]) + (low[..., -num_queries:, None] - low[..., None, :])
     # Future keys are masked below; their "decay" is positive and could overflow.
     scores = (query @ key.transpose(-1, -2)).float() * scaling + decay.clamp(max=0.0)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -59,7 +59,7 @@ def positions_of_documents(cu_seq_lens: torch.Tensor, inputs_embeds: torch.Tenso
         cu_seq_lens: `(documents + 1,)`, where each document starts in the one row of tokens, and where the last ends.
 
     Raises:
-        ValueError: If there are several rows, or lengths that do not start at 0 in one dimension.
+        ValueError: If there are several rows, or numbers that do not rise from 0 to at most T.
     """
     batch, num_tokens = inputs_embeds.shape[:2]
     if batch != 1 or cu_seq_lens.dim() != 1:
@@ -69,12 +69,24 @@ def positions_of_documents(cu_seq_lens: torch.Tensor, inputs_embeds: torch.Tenso
         )
     position = torch.arange(num_tokens, device=inputs_embeds.device)
     boundaries = cu_seq_lens.to(position)
+    if not is_tracing(boundaries):
+        # From 0 up to 0: what lies between must not fall.
+        ends = F.pad(boundaries, (0, 1), value=num_tokens)
+        if boundaries[0] != 0 or (ends.diff() < 0).any():
+            raise ValueError(
+                f"`cu_seq_lens_q` must rise from 0 to at most {num_tokens} tokens; got {boundaries.tolist()}. Of "
+                "lengths take the running sum, with a 0 before it."
+            )
     document = torch.searchsorted(boundaries, position, right=True) - 1
     return (position - boundaries[document])[None]
 
 
-def padding_of_new_tokens(config, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
-    """The last T columns of a `(B, S)` mask, or `None` if no new token is padding or that is not known.
+def padding_of_new_tokens(
+    config, inputs_embeds, attention_mask, past_key_values=None, layer_idx=0, **kwargs
+) -> torch.Tensor | None:
+    """The T columns of the new tokens in a mask, or `None` if no new token is padding or that is not known.
+
+    They are the last of `(B, S)`; that of a static cache may be as wide as the cache.
 
     Transformers' own `create_recurrent_attention_mask` takes a single token for real, which is wrong for a sequence
     that still is in its padding when a prompt is fed in pieces. Compiled code takes it for real too.
@@ -82,7 +94,12 @@ def padding_of_new_tokens(config, inputs_embeds, attention_mask, **kwargs) -> to
     num_tokens = inputs_embeds.shape[1]
     if attention_mask is None or attention_mask.dim() != 2 or (num_tokens == 1 and is_tracing(attention_mask)):
         return None
-    padding_mask = attention_mask[:, -num_tokens:]
+    num_seen = None if past_key_values is None else past_key_values.get_seq_length(layer_idx)
+    if isinstance(num_seen, torch.Tensor):
+        position = torch.arange(num_tokens, device=attention_mask.device) + num_seen
+        padding_mask = attention_mask[:, position]
+    else:
+        padding_mask = attention_mask[:, -num_tokens:]
     if not is_tracing(padding_mask) and padding_mask.all():
         return None
     return padding_mask.contiguous()
@@ -97,12 +114,38 @@ def find_last_real_token(padding_mask: torch.Tensor) -> torch.Tensor:
     return (position * (padding_mask != 0)).cummax(dim=1).values
 
 
+def check_mask(attention_mask: torch.Tensor, backend: str, num_keys: int | None) -> None:
+    """Raise a `ValueError` for a mask that backends would fail on, or read in different ways.
+
+    Args:
+        backend: Name of the attention implementation.
+        num_keys: S, or `None` where it is not known.
+    """
+    shape, dim = tuple(attention_mask.shape), attention_mask.dim()
+    if dim not in (2, 4):
+        raise ValueError(f"`attention_mask` must be (B, S) or (B, 1, T, S); got {shape}.")
+    if dim == 4 and backend == "flex_attention":
+        raise ValueError(
+            f"`attention_mask` must be `None` or (B, S) with 'flex_attention'; got {shape}. Use 'sdpa' for it."
+        )
+    if dim == 4 and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        raise ValueError(
+            f"`attention_mask` of 4 dimensions must be bool or floating point; got {attention_mask.dtype}. Pass "
+            "`mask.bool()`, True where a token may look, or what is to be added to the scores."
+        )
+    if dim == 2 and num_keys is not None and shape[1] < num_keys:
+        raise ValueError(
+            f"`attention_mask` must cover all {num_keys} tokens, cached and new; got {shape}. Put that of the cached "
+            "tokens before it."
+        )
+
+
 def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_values, layer_idx=0):
     """Make what the layers need from what the model was given.
 
     Args:
-        attention_mask: `(B, S)`, 0 at padding; a 4D mask, passed on as it is; or the dict that `generate` makes itself
-            for a cache of fixed shape.
+        attention_mask: `(B, S)`, 0 at padding, cut where it is wider; a 4D mask, passed on as it is, of which the
+            token shift knows nothing; or the dict that `generate` makes itself for a cache of fixed shape.
         position_ids: `(B, T)`; see `find_document_starts`.
         layer_idx: Layer whose cache tells how many tokens came before.
 
@@ -112,15 +155,24 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
         documents. Each of them may be `None`.
 
     Raises:
-        ValueError: If documents are packed and there is a cache or padding: not every backend tells them apart then.
+        ValueError: If documents are packed and there is a cache or padding: not every backend tells them apart then;
+            or if the mask is one that `check_mask` refuses.
     """
     if isinstance(attention_mask, dict):
         return _layer_masks(attention_mask["full_attention"], attention_mask["linear_attention"], None)
+    forgets = hasattr(past_key_values, "hide_padding")
     document_starts = None
     is_step = inputs_embeds.shape[1] == 1 and attention_mask is not None and attention_mask.dim() == 2
     if is_step and not is_tracing(attention_mask) and attention_mask.all():
         # One look at the device a step: what follows would take two more.
         attention_mask = None
+    if attention_mask is not None and not forgets:
+        num_seen = 0 if past_key_values is None else past_key_values.get_seq_length(layer_idx)
+        is_known = not (isinstance(num_seen, torch.Tensor) or is_tracing(attention_mask))
+        num_keys = num_seen + inputs_embeds.shape[1] if is_known else None
+        check_mask(attention_mask, config._attn_implementation, num_keys)
+        if attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, :num_keys]
     if attention_mask is None or attention_mask.dim() == 2:
         document_starts = find_document_starts(position_ids, attention_mask, inputs_embeds.shape[0])
     same_document = None
@@ -138,7 +190,7 @@ def make_masks(config, inputs_embeds, attention_mask, position_ids, past_key_val
             )
         # Transformers looks for documents only if it gets no mask.
         attention_mask = None
-    if hasattr(past_key_values, "hide_padding"):
+    if forgets:
         # It hides by itself what is not to be seen, over more keys than a mask would fit in memory for.
         return _layer_masks(None, past_key_values.hide_padding(attention_mask, *inputs_embeds.shape[:2]), None)
     mask_kwargs = {

@@ -70,7 +70,7 @@ class FoxForSequenceClassification(FoxPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        last = self._last_token(input_ids, hidden_states)
+        last = self._last_token(input_ids, attention_mask, hidden_states)
         # Before the classifier: it is needed for one token of each sequence only.
         logits = self.score(hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last])
         loss = None
@@ -84,18 +84,27 @@ class FoxForSequenceClassification(FoxPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _last_token(self, input_ids: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | int:
-        """Index of the last token of each sequence that is not padding, `(B,)`; -1 if nothing tells padding apart."""
+    def _last_token(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor | int:
+        """Index of the last token of each sequence that is not padding, `(B,)`; -1 if nothing tells padding apart.
+
+        Embeddings hold no padding token: for them it is the mask `(B, S)` that tells.
+        """
         pad_token_id = self.config.pad_token_id
         if pad_token_id is None and hidden_states.shape[0] != 1:
             raise ValueError(
                 f"`pad_token_id` must be set to classify a batch of {hidden_states.shape[0]} sequences; got None. "
                 "Set `model.config.pad_token_id` to that of the tokenizer, or pass one sequence at a time."
             )
-        if pad_token_id is None or input_ids is None:
+        if input_ids is not None and pad_token_id is not None:
+            is_real = input_ids != pad_token_id
+        elif input_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            is_real = attention_mask[:, -hidden_states.shape[1] :] != 0
+        else:
             return -1
-        position = torch.arange(input_ids.shape[1], device=hidden_states.device)
-        return (position * (input_ids != pad_token_id).to(position)).argmax(dim=-1)
+        position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return (position * is_real.to(position)).argmax(dim=-1)
 
 
 @auto_docstring(

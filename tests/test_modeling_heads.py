@@ -55,6 +55,16 @@ def test_padding_on_the_left_changes_no_real_token(model_class):
         torch.testing.assert_close(got[:, 4:], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [(0, 4), (4, 0)], ids=["right", "left"])
+def test_embeddings_are_classified_at_the_last_real_token(padding):
+    """They hold no padding token: the mask tells."""
+    model, tokens = head(FoxForSequenceClassification, num_labels=3), random_tokens(2, 9)
+    padded = torch.nn.functional.pad(tokens[:1], padding, value=PAD)
+    batch = torch.cat([padded, random_tokens(1, 13, seed=1)])
+    inputs = {"inputs_embeds": model.get_input_embeddings()(batch), "attention_mask": (batch != PAD).long()}
+    torch.testing.assert_close(model(**inputs).logits[:1], model(tokens[:1]).logits, rtol=0, atol=1e-5)
+
+
 def test_token_classes_that_depend_on_the_token_before_are_learned():
     """Is this token larger than the last? The first has no class."""
     model = head(FoxForTokenClassification, num_labels=2)

@@ -5,7 +5,7 @@ Padding, and positions that contradict it, are in test_modeling_backends.py, `lo
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, StaticCache
 
 from helpers import random_tokens, tiny_fox
 from modeling_fox.attention_fox import FOX_BACKENDS
@@ -43,6 +43,52 @@ def test_packed_documents_are_as_if_alone(given, options, backend, documents):
 def test_boundaries_are_for_one_row(documents):
     with pytest.raises(ValueError, match=r"`cu_seq_lens_q` must be one list of boundaries .* \(3,\) for 2 rows"):
         tiny_fox()(random_tokens(2, 6), cu_seq_lens_q=torch.tensor([0, 2, 6]), use_cache=False)
+
+
+@pytest.mark.parametrize("lengths", [[4, 2], [0, 4, 2], [0, 4, 7]], ids=["lengths", "going back", "past the end"])
+def test_lengths_are_no_boundaries(lengths):
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` must rise from 0 to at most 6 tokens; got \[.*running sum"):
+        tiny_fox()(random_tokens(1, 6), cu_seq_lens_q=torch.tensor(lengths), use_cache=False)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@torch.no_grad()
+def test_a_mask_of_every_pair_is_obeyed(dtype, backend):
+    """True or 0.0 where a token may look; with a cache too."""
+    model, tokens = tiny_fox(attn_implementation=backend, use_k_shift=False, use_v_shift=False), random_tokens(2, 12)
+    sees = torch.ones(12, 12, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    sees[:, :, 7:, :7] = False
+    mask = sees if dtype == torch.bool else torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(dtype).min)
+    expected = alone(model, [tokens[:, :7], tokens[:, 7:]])
+    torch.testing.assert_close(model(tokens, attention_mask=mask, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+    cache = model(tokens[:, :9], attention_mask=mask[:, :, :9, :9]).past_key_values
+    rest = model(tokens[:, 9:], attention_mask=mask[:, :, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, expected[:, 9:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "backend, shape, dtype, message",
+    [
+        ("eager", (2, 1, 12, 12), torch.int64, "of 4 dimensions must be bool or floating point; got torch.int64"),
+        ("eager", (2, 12, 12), torch.bool, r"must be \(B, S\) or \(B, 1, T, S\); got \(2, 12, 12\)"),
+        ("flex_attention", (2, 1, 12, 12), torch.bool, "must be `None` or \\(B, S\\) with 'flex_attention'"),
+        ("sdpa", (2, 7), torch.int64, r"must cover all 12 tokens, cached and new; got \(2, 7\)"),
+    ],
+)
+@torch.no_grad()
+def test_says_what_is_wrong_with_a_mask(backend, shape, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_fox(attn_implementation=backend)(random_tokens(2, 12), attention_mask=torch.ones(shape, dtype=dtype))
+
+
+@torch.no_grad()
+def test_a_mask_of_the_new_tokens_alone_is_refused():
+    model, tokens = tiny_fox(), random_tokens(2, 12)
+    cache = model(tokens[:, :8]).past_key_values
+    with pytest.raises(ValueError, match=r"must cover all 12 tokens, cached and new; got \(2, 4\)"):
+        model(tokens[:, 8:], attention_mask=torch.ones(2, 4), past_key_values=cache)
+    assert cache.get_seq_length() == 8
 
 
 @torch.no_grad()
@@ -105,3 +151,19 @@ def test_compiled_code_tells_padding_from_documents(backend):
     for inputs, real in ((padded, mask.bool()), (packed, mask >= 0)):
         expected, got = (f(tokens, use_cache=False, **inputs).logits[real] for f in (model, compiled))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", DENSE)
+@torch.no_grad()
+def test_a_mask_may_be_as_wide_as_a_static_cache(backend):
+    """One shape for all steps, which is what compiled code wants."""
+    model, tokens = tiny_fox(attn_implementation=backend), random_tokens(2, 12)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    expected = model(tokens, attention_mask=mask).logits
+    got = []
+    for part in (slice(0, 2), slice(2, 9), slice(9, 10), slice(10, 12)):
+        wide = torch.nn.functional.pad(mask[:, : part.stop], (0, 20 - part.stop))
+        got.append(model(tokens[:, part], attention_mask=wide, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-4)
