@@ -430,8 +430,20 @@ def test_installed_packages_are_a_corpus_split_by_package(tmp_path, monkeypatch)
         load_documents(DataRecipe(source="python", validation_packages=["tow"]))
 
 
-@pytest.mark.parametrize("overlap", [0, 3])
-@pytest.mark.parametrize("length", [7, 16, 500])
+@pytest.mark.parametrize("column", [[{"text": 1}], [{"text": "a"}, {"text": ["b"]}]], ids=["numbers", "mixed"])
+@pytest.mark.parametrize("change", [{}, {"streaming": True}, {"join_documents": True}])
+def test_a_column_that_is_no_text_is_named(tmp_path, column, change):
+    path = write_jsonl(tmp_path / "a.jsonl", column)
+    recipe = load_recipe(None, ["data.source=local", f"data.path={path}", "data.sequence_length=2"])
+    recipe.data.cache_dir = str(tmp_path)
+    for name, value in change.items():
+        setattr(recipe.data, name, value)
+    with pytest.raises(RecipeError, match=r"data.text_column must name a column of text; got (1|\['b'\]) in it"):
+        rows = load_data(recipe)[1]
+        next(rows.iterate())
+
+
+@pytest.mark.parametrize("length, overlap", [(7, 0), (7, 3), (16, 0), (16, 3), (500, 0), (500, 3), (500, 75)])
 def test_evaluation_scores_every_text_token_once_and_no_document_token(length, overlap):
     stream = stream_of([20, 1, 0, 33, 8])
     scored = []

@@ -159,9 +159,17 @@ def test_an_unknown_model_field_is_an_error_with_the_nearest_name():
         build_model(recipe.model, byte_tokenizer())
 
 
-def test_a_model_that_contradicts_itself_is_an_error_with_its_reason():
-    recipe = load_recipe(None, ["model.config.hidden_size=65", "model.config.num_attention_heads=4"])
-    with pytest.raises(RecipeError, match="hidden_size"):
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hidden_size=65", "num_attention_heads=4"], "hidden_size"),
+        (["hidden_size=wide"], "'hidden_size'.* expected int, got str .value: 'wide'"),
+        (["use_k_shift=1"], "'use_k_shift'.* expected bool, got int .value: 1"),
+    ],
+)
+def test_a_model_that_contradicts_itself_is_an_error_with_its_reason(overrides, message):
+    recipe = load_recipe(None, [f"model.config.{override}" for override in overrides])
+    with pytest.raises(RecipeError, match=message):
         build_model(recipe.model, byte_tokenizer())
 
 

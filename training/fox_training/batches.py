@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from .data import kept_texts
 from .recipe import DataRecipe, RecipeError
 from .token_stream import TokenStream
 from .tokenizers import document_token_id, encode_documents
@@ -226,7 +227,7 @@ class _Packer:
             self._source = iter(self.owner.documents)
             self._read_any = self._moved = False
             self._before = None
-        texts = [row["text"] for row in rows if row["text"]]
+        texts = kept_texts(row["text"] for row in rows)
         self._read_any = self._read_any or bool(texts)
         self._ids = list(encode_documents(self.owner.tokenizer, texts)) if texts else []
         self._used = 0
@@ -470,12 +471,14 @@ def evaluation_batches(stream: TokenStream, length: int, rows: int, *, overlap: 
         stream: Validation documents.
         length: L, tokens in a row; a shorter stream gives one shorter row.
         rows: Rows in a batch.
-        overlap: Tokens after the first of a row that only give context; the row before scores them.
+        overlap: Tokens after the first of a row that only give context; the row before scores them. Where all fits
+            into one row there is none.
         rank: This process.
         processes: Number of processes; each takes every `processes`-th batch.
     """
     total = len(stream.tokens)
     length = min(length, total)
+    overlap = min(overlap, length - 2)
     stride = length - 1 - overlap
     begins = list(range(0, max(1, total - 1 - overlap), stride))
     is_start = np.zeros(total, dtype=bool)

@@ -62,7 +62,7 @@ def load_documents(recipe: DataRecipe) -> tuple[Dataset | IterableDataset, Datas
     if recipe.streaming:
         return _split_stream(recipe, documents)
     if recipe.join_documents:
-        documents = _dataset(["joined"], ["".join(documents["text"])])
+        documents = _dataset(["joined"], ["".join(kept_texts(documents["text"]))])
     if recipe.validation_split is not None:
         return documents, _read_validation(recipe)
     if recipe.validation_packages:
@@ -178,9 +178,22 @@ def _content_hash(documents: Dataset) -> str:
 def _text_batches(documents: Dataset | IterableDataset) -> Iterator[list[str]]:
     """Lists of texts without the empty ones."""
     for batch in documents.iter(_DOCUMENTS_PER_BATCH):
-        texts = [text for text in batch["text"] if text]
+        texts = kept_texts(batch["text"])
         if texts:
             yield texts
+
+
+def kept_texts(texts: Iterable[str | None]) -> list[str]:
+    """Those that hold something; a missing one, None, does not.
+
+    Raises:
+        RecipeError: If one is no text.
+    """
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str | None):
+            raise RecipeError(f"data.text_column must name a column of text; got {text!r:.60} in it.")
+    return [text for text in texts if text]
 
 
 # Sources

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -34,7 +35,7 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreT
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     except RecipeError:
         raise
-    except (ValueError, TypeError, OSError, ImportError, KeyError) as error:
+    except (ValueError, TypeError, OSError, ImportError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"the model section cannot be built: {_first_lines(error)}") from error
 
 

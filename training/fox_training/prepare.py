@@ -226,6 +226,8 @@ class _Reader:
 
     def read(self, position: Any, num_bytes: int) -> tuple[list[str], Any]:
         """Documents of at least `num_bytes` UTF-8 bytes, or what is left, and the position behind them."""
+        from .data import kept_texts
+
         if self._rows is None or position != self._at:
             self._rows = self._from(position)
         texts, size, count = [], 0, 0
@@ -234,9 +236,9 @@ class _Reader:
             if row is None:
                 break
             count += 1
-            if row["text"]:
-                texts.append(row["text"])
-                size += len(row["text"].encode())
+            for text in kept_texts([row["text"]]):
+                texts.append(text)
+                size += len(text.encode())
         self._at = self.documents.state_dict() if self.is_stream else position + count
         return texts, self._at
 
