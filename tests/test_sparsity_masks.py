@@ -403,3 +403,19 @@ def test_masks_cost_less_than_a_twentieth_of_a_step_at_ten_million_parameters():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.measure() < 0.05
+
+
+def test_all_layers_together_are_pruned_also_with_channels_last():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    plain = [p.detach().clone(memory_format=torch.contiguous_format) for p in model.parameters()]
+    settings = {"total_steps": 10, "final_sparsity": 0.7, "allocation": "global", "exclude": (), "every_steps": 1}
+    pruner = sparsify(model, optimizer, **settings)
+    for _ in range(10):
+        model(torch.randn(1, 4, 8, 8)).sum().backward()
+        optimizer.step()
+    kept = torch.cat([plain[i].abs().flatten() for i in (0, 2)])
+    threshold = kept.sort(descending=True).values[round(0.3 * len(kept)) - 1]
+    for i, weight in ((0, model[0].weight), (2, model[1].weight)):
+        assert torch.equal(weight.detach() != 0, plain[i].abs() >= threshold)
+    assert pruner.sparsity() == pytest.approx(0.7, abs=1e-3)

@@ -76,7 +76,10 @@ class QNetwork(nn.Module, PyTorchModelHubMixin, library_name="fox-transformers",
 
     def forward(self, observation: Tensor) -> Tensor:
         """`(B, A)` values, or `(B, A, num_atoms)` logits."""
-        out = self.head(self.features(observation))
+        features = self.features(observation)
+        with torch.autocast(features.device.type, enabled=False):
+            # Values of actions differ by less than bfloat16 resolves.
+            out = self.head(features.to(self.atoms.dtype))
         return out.squeeze(-1) if self.num_atoms == 1 else out
 
     def values(self, observation: Tensor) -> Tensor:

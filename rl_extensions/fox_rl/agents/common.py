@@ -177,18 +177,21 @@ def make_environments(
 
 def play(
     act: Callable[[np.ndarray, np.ndarray], np.ndarray], env_id: str, episodes: int, *, seed: int = 1,
-    video_dir: str = "",
+    video_dir: str = "", at_once: int = 1,
 ) -> list[float]:  # fmt: skip
-    """Returns of episodes, one after the other.
+    """Returns of episodes.
 
     Args:
-        act: Batches of one: `(observation (1, ...), is_first (1,) bool)` to the action `(1, ...)`.
+        act: `(observation (n, ...), is_first (n,) bool)` to the actions `(n, ...)`, n environments at once.
         env_id: See `make_environments`.
         episodes: How many.
-        seed: Of the environment.
+        seed: Of the first environment, the next has the next one.
         video_dir: Folder for a film of the first episode; of Atari, whose C++ environments do not render, what the
             policy sees.
+        at_once: n. Each environment plays the same number of episodes, else short ones would count more often.
     """
+    if min(at_once, episodes) < 1 or episodes % at_once:
+        raise ValueError(f"episodes must be a multiple of at_once, both at least 1; got {episodes} and {at_once}.")
     options: dict[str, Any] = {"evaluation": True}
     films_pixels = bool(video_dir) and env_id.startswith("ALE/")
     frames: list[np.ndarray] = []
@@ -197,21 +200,23 @@ def play(
             "render_mode": "rgb_array",
             "wrappers": [lambda env: gym.wrappers.RecordVideo(env, video_dir, episode_trigger=lambda i: i == 0)],
         }
-    envs, returns = make_environments(env_id, 1, **options), []
-    observation, total, is_first = envs.reset(seed=seed)[0], 0.0, np.ones(1, dtype=bool)
-    while len(returns) < episodes:
-        if films_pixels and not returns:
+    envs = make_environments(env_id, at_once, **options)
+    returns: list[list[float]] = [[] for _ in range(at_once)]
+    observation, is_first = envs.reset(seed=seed)[0], np.ones(at_once, dtype=bool)
+    totals = np.zeros(at_once)
+    while any(len(own) < episodes // at_once for own in returns):
+        if films_pixels and not returns[0]:
             frames.append(observation[0, -1].copy())
         observation, reward, terminated, truncated, _ = envs.step(act(observation, is_first))
-        total += float(reward[0])
+        totals += reward
         is_first = np.asarray(terminated | truncated)
-        if is_first[0]:
-            returns.append(total)
-            total = 0.0
+        for env in np.flatnonzero(is_first):
+            returns[env].append(float(totals[env]))
+        totals[is_first] = 0.0
     envs.close()
     if frames:
         film(frames, Path(video_dir))
-    return returns
+    return [x for own in returns for x in own[: episodes // at_once]]
 
 
 def film(frames: list[np.ndarray], folder: Path, scale: int = 4) -> None:

@@ -69,6 +69,7 @@ class Agent(training.Agent):
 
     title, library = "DQN", "pytorch"
     snippet = 'from fox_rl.q_network import QNetwork\n\nnetwork = QNetwork.from_pretrained("{where}")'
+    plays_at_once = True
     modules = ("network", "target", "optimizer", "replay")
     values = ("meter", "step", "observation", "multi_step")
 

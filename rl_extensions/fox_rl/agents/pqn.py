@@ -43,6 +43,8 @@ class Options(common.ValueOptions):
     max_grad_norm: float = option(10.0, "gradient norm is clipped here")
     epsilon_end: float = option(0.05, "share of random actions at the end; it starts at 1")
     epsilon_fraction: float = option(0.5, "share of the steps over which it falls")
+    mixed_precision: str = option("auto", "auto: what accelerate launch says; no, bf16 (all but the head)")
+    env_threads: int = option(0, "Atari: threads that step the games; 0 for one a core")
 
 
 class Agent(training.OnPolicyAgent):
@@ -50,15 +52,26 @@ class Agent(training.OnPolicyAgent):
 
     title, library = "PQN", "pytorch"
     snippet = 'from fox_rl.q_network import QNetwork\n\nnetwork = QNetwork.from_pretrained("{where}")'
+    plays_at_once = True
 
     def __init__(self, options: Options, accelerator: Accelerator | None = None):
+        if options.mixed_precision not in ("auto", "no", "bf16"):
+            raise ValueError(f"mixed_precision must be auto, no or bf16; got {options.mixed_precision!r}.")
+        if accelerator is None and options.mixed_precision != "auto":
+            accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
         super().__init__(options, accelerator)
-        self.envs = common.make_environments(options.env_id, options.num_envs)
+        threads = {"num_threads": options.env_threads} if options.env_id.startswith("ALE/") else {}
+        self.envs = common.make_environments(options.env_id, options.num_envs, **threads)
         self.network = common.build_q_network(self.envs, options)
+        if self.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # of convolutions; the tensor cores want it
         optimizer = build_optimizer(options.optimizer, self.network.parameters(), options.learning_rate)
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.prune("network", self.network, self.optimizer, self.optimizer_steps)
         self.observation = self.envs.reset(seed=self.seed_process())[0]
+        first = torch.as_tensor(self.observation)
+        self.staged = torch.empty_like(first, pin_memory=self.device.type == "cuda")
+        self.window_observation = torch.empty(options.window, *first.shape, dtype=first.dtype, device=self.device)
 
     @property
     def epsilon(self) -> float:
@@ -68,9 +81,9 @@ class Agent(training.OnPolicyAgent):
 
     def advance(self) -> dict[str, float]:
         """One window."""
-        self.window_observation, action, target = collect(self)
+        observation, action, target = collect(self)
         self.step += self.stride
-        return learn(self, self.window_observation, action, target)
+        return learn(self, observation, action, target)
 
     def choose(self, observation: np.ndarray, is_first: np.ndarray) -> np.ndarray:
         """The best actions."""
@@ -80,7 +93,8 @@ class Agent(training.OnPolicyAgent):
     def diagnose(self) -> dict[str, float]:
         """Gradients of the last update, dormant units and rank of the features on a part of the window."""
         first, *_, last = gradient_norms(self.network).values()
-        sample = self.window_observation[torch.linspace(0, len(self.window_observation) - 1, 256).long()]
+        observation = self.window_observation.flatten(0, 1)
+        sample = observation[torch.linspace(0, len(observation) - 1, 256).long()]
         return {"grad_first": first, "grad_last": last} | training.trunk_diagnostics(
             self.network, lambda: self.network.features(sample)
         )
@@ -88,35 +102,50 @@ class Agent(training.OnPolicyAgent):
 
 @torch.no_grad()
 def collect(agent: Agent) -> tuple[Tensor, Tensor, Tensor]:
-    """One window: observations `(T n, ...)`, actions and targets `(T n,)`."""
-    options, device, rows = agent.options, agent.accelerator.device, []
-    for _ in range(options.window):
-        observation = torch.as_tensor(agent.observation).to(device)
-        greedy = agent.network(observation).argmax(dim=-1).cpu().numpy()
-        explores = np.random.random(options.num_envs) < agent.epsilon
-        action = np.where(explores, np.random.randint(agent.network.num_actions, size=options.num_envs), greedy)
-        following, reward, terminated, truncated, info = agent.envs.step(action)
-        ended = terminated | truncated
-        states = torch.as_tensor(common.true_following(following, info, ended)).to(device)
-        rows.append(
-            (
-                observation, torch.as_tensor(action).to(device), torch.as_tensor(reward).float().to(device),
-                agent.network(states).amax(dim=-1), torch.as_tensor(terminated).to(device),
-                torch.as_tensor(ended).to(device),
-            )
-        )  # fmt: skip
-        agent.meter.update(reward, ended)
+    """One window: observations `(T n, ...)`, actions and targets `(T n,)`.
+
+    The value of the state after step t is that of the state before step t + 1, which the next choice computes anyway;
+    only where an episode was cut off is it another state. Observations are valid until the next call.
+    """
+    options, device, envs = agent.options, agent.device, agent.options.num_envs
+    shape = (options.window, envs)
+    action, reward = np.empty(shape, np.int64), np.empty(shape, np.float32)
+    terminated, ended = np.empty(shape, bool), np.empty(shape, bool)
+    value_tp1 = torch.empty(shape, device=device)
+    cut_off = []  # (step, environments, values of their last states)
+    for t in range(options.window):
+        agent.staged.numpy()[:] = agent.observation
+        agent.window_observation[t].copy_(agent.staged, non_blocking=True)
+        values = agent.network(agent.window_observation[t])
+        if t > 0:
+            value_tp1[t - 1] = values.amax(dim=-1)
+        greedy = values.argmax(dim=-1).cpu().numpy()
+        explores = np.random.random(envs) < agent.epsilon
+        action[t] = np.where(explores, np.random.randint(agent.network.num_actions, size=envs), greedy)
+        following, reward[t], terminated[t], truncated, info = agent.envs.step(action[t])
+        ended[t] = terminated[t] | truncated
+        if (truncated & ~terminated[t]).any():
+            cut = np.flatnonzero(truncated & ~terminated[t])
+            states = torch.as_tensor(common.true_following(following, info, ended[t])[cut]).to(device)
+            cut_off.append((t, torch.as_tensor(cut, device=device), agent.network(states).amax(dim=-1)))
+        agent.meter.update(reward[t], ended[t])
         agent.observation = following
-    observation, action, *rest = (torch.stack(x) for x in zip(*rows, strict=True))
-    target = lambda_returns(*rest, discount=options.discount, decay=options.decay)
-    return observation.flatten(0, 1), action.flatten(), target.flatten()
+    value_tp1[-1] = agent.network(torch.as_tensor(agent.observation).to(device)).amax(dim=-1)
+    for t, cut, value in cut_off:
+        value_tp1[t, cut] = value
+    reward_t, terminated_t, ended_t = (torch.as_tensor(x).to(device) for x in (reward, terminated, ended))
+    target = lambda_returns(
+        reward_t, value_tp1, terminated_t, ended_t, discount=options.discount, decay=options.decay
+    )  # fmt: skip
+    return agent.window_observation.flatten(0, 1), torch.as_tensor(action).to(device).flatten(), target.flatten()
 
 
 def learn(agent: Agent, observation: Tensor, action: Tensor, target: Tensor) -> dict[str, float]:
     """Some epochs of regression of the chosen action's value on its target."""
     options, losses = agent.options, []
     for _ in range(options.epochs):
-        for chosen in torch.randperm(len(action)).chunk(options.minibatches):
+        # Sent at once: an index from the host would make every update wait for the one before.
+        for chosen in torch.randperm(len(action)).to(agent.device).chunk(options.minibatches):
             value = agent.model(observation[chosen]).gather(1, action[chosen, None]).squeeze(1)
             loss = F.mse_loss(value, target[chosen])
             agent.optimizer.zero_grad()

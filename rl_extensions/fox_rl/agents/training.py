@@ -29,6 +29,7 @@ class Agent:
         snippet: Python that loads what was saved, with `{where}` for the place.
         modules: Attributes with a state_dict that a resumed run loads.
         values: Other attributes that it needs; they are pickled.
+        plays_at_once: Whether `choose` takes any number of environments.
 
     Attributes:
         options: A `RunOptions`.
@@ -44,6 +45,7 @@ class Agent:
     title = library = snippet = ""
     modules: tuple[str, ...] = ("network", "optimizer")
     values: tuple[str, ...] = ("meter", "step", "observation")
+    plays_at_once = False
 
     def __init__(self, options: Any, accelerator: Accelerator | None = None):
         common.check_run_options(options)
@@ -137,7 +139,11 @@ class Agent:
     def evaluate(self, episodes: int, *, seed: int = 1, video_dir: str = "") -> list[float]:
         """Returns of episodes without exploration, without stops and in environments of their own."""
         self.network.eval()
-        returns = common.play(self.choose, self.options.env_id, episodes, seed=seed, video_dir=video_dir)
+        # A film is of one environment; a policy with a memory has it for one.
+        at_once = episodes if self.plays_at_once and not video_dir else 1
+        returns = common.play(
+            self.choose, self.options.env_id, episodes, seed=seed, video_dir=video_dir, at_once=at_once
+        )  # fmt: skip
         self.network.train()
         return returns
 
