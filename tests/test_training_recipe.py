@@ -1,6 +1,7 @@
 """Recipes: what is written is what is trained, and everything else is an error."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fox_training.recipe import (
 )
 from fox_training.recipe_help import describe_fields
 from fox_training.tokenizers import byte_tokenizer
+from helpers import save_tiny_llama
 from modeling_fox import FoxConfig, FoxForCausalLM
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
@@ -196,12 +198,25 @@ def test_a_saved_recipe_loads_as_the_same_recipe(tmp_path):
     assert set(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == {f.name for f in dataclasses.fields(Recipe)}
 
 
+def test_a_pretrained_model_ends_texts_by_the_tokenizer_it_is_trained_with(tmp_path):
+    save_tiny_llama(tmp_path)
+    for eos, expected in ((2, 256), ([2, 256], [2, 256])):
+        for name in ("config.json", "generation_config.json"):
+            stored = json.loads((tmp_path / name).read_text()) | {"eos_token_id": eos, "pad_token_id": None}
+            (tmp_path / name).write_text(json.dumps(stored))
+        model = build_model(load_recipe(None, [f"model.pretrained={tmp_path}"]).model, byte_tokenizer())
+        for config in (model.config, model.generation_config):
+            assert (config.eos_token_id, config.pad_token_id) == (expected, 257)
+
+
 def test_only_what_changes_the_result_counts_as_a_change():
     old = recipe_to_dict(load_recipe(None))
     new = load_recipe(
-        None, ["optimizer.beta2=0.9", "data.cache_dir=/x", "schedule.steps=7", "data.micro_batch_size=1"]
+        None,
+        ["optimizer.beta2=0.9", "run.seed=1", "run.threads=1", "data.cache_dir=/x", "schedule.steps=7"]
+        + ["data.micro_batch_size=1"],
     )
-    assert changed_keys(old, recipe_to_dict(new)) == ["optimizer.beta2: 0.95 -> 0.9"]
+    assert changed_keys(old, recipe_to_dict(new)) == ["optimizer.beta2: 0.95 -> 0.9", "run.seed: 0 -> 1"]
     added = load_recipe(None, ["model.config.use_rope=true"])
     assert changed_keys(old, recipe_to_dict(added)) == ["model.config.use_rope: absent -> True"]
 

@@ -77,7 +77,21 @@ def _load(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             f"model.pretrained {recipe.pretrained} has {rows} tokens and the tokenizer {len(tokenizer)}. "
             "Set data.tokenizer.kind hub and data.tokenizer.path to the tokenizer of that model."
         )
+    _take_special_tokens(model, tokenizer)
     return model
+
+
+def _take_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation begin, end and pad by the tokens that the model is trained with.
+
+    Of several that end a text all stay, if that of the tokenizer is one of them.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        for config in (model.config, model.generation_config):
+            known = getattr(config, name, None)
+            if token is not None and token not in (known if isinstance(known, list) else [known]):
+                setattr(config, name, token)
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:

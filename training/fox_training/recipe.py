@@ -88,7 +88,7 @@ _FREE_ON_RESUME = {
     "data.workers",
     "model.attn_implementation",
 }
-_CHECKED_ON_RESUME = ("model", "data", "optimizer", "sparsity")
+_CHECKED_ON_RESUME = ("run.seed", "model", "data", "optimizer", "sparsity")
 
 
 def load_recipe(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -171,12 +171,13 @@ def parse_overrides(arguments: list[str] | tuple[str, ...]) -> list[tuple[str, s
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for each setting of model, data and optimizer that changes what a resumed run computes."""
+    """`key: old -> new` for each setting but those of the schedule that changes what a resumed run computes."""
     # A section that is younger than the checkpoint had its defaults then.
     flat_old, flat_new = _flatten(recipe_to_dict(Recipe()) | old), _flatten(new)
     lines = []
     for key in sorted(set(flat_old) | set(flat_new)):
-        if key.partition(".")[0] not in _CHECKED_ON_RESUME or key in _FREE_ON_RESUME:
+        is_checked = key in _CHECKED_ON_RESUME or key.partition(".")[0] in _CHECKED_ON_RESUME
+        if not is_checked or key in _FREE_ON_RESUME:
             continue
         before, after = flat_old.get(key, "absent"), flat_new.get(key, "absent")
         if before != after:
