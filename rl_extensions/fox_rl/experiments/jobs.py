@@ -86,11 +86,14 @@ PRUNING_ARMS = {
 }
 
 
+RATES = (2.5e-4, 5e-4, 1e-3)
+
+
 def pruning_jobs(name: str, seeds: int, cost: float, **options: Any) -> list[Job]:
     """Dense, pruned and static sparse DQN at three learning rates, a job for each rate."""
     workers = max(1, ((os.cpu_count() or 1) - 3) // 3)
     jobs = []
-    for rate in (2.5e-4, 5e-4, 1e-3):
+    for rate in RATES:
         shared = {"learning_rate": rate, "width": 128, "multi_steps": 3, "train_every": 2, **options}
         runs = [
             (f"{arm} lr={rate:g}", {**shared, **own, "seed": seed})
@@ -116,13 +119,16 @@ def lunar_lander(seeds: int, steps: int | None) -> list[Job]:
     )  # fmt: skip
 
 
-def train_atari(report: Report, arm: str, seed: int, episodes: int = 10, **options: Any) -> None:
-    """PQN on a game, on a GPU where there is one."""
+def train_atari(report: Report, arm: str, seed: int, episodes: int = 16, **options: Any) -> None:
+    """PQN on a game; on a GPU in bfloat16."""
+    import torch
+
     from fox_rl.agents import pqn, training
 
-    agent = pqn.Agent(pqn.Options(seed=seed, **options))
-    report(arm, seed, 0, "parameters", sum(p.numel() for p in agent.network.parameters()))
     begin = time.perf_counter()
+    precision = "bf16" if torch.cuda.is_available() else "no"
+    agent = pqn.Agent(pqn.Options(seed=seed, mixed_precision=precision, **options))
+    report(arm, seed, 0, "parameters", sum(p.numel() for p in agent.network.parameters()))
 
     def log(step: int, **values: float) -> None:
         for name in ("episode_return", "sparsity_network", "dormant", "feature_rank"):
@@ -132,20 +138,23 @@ def train_atari(report: Report, arm: str, seed: int, episodes: int = 10, **optio
 
     training.run(agent, quiet=True, report=log)
     report(arm, seed, agent.step, "eval_return", float(np.mean(agent.evaluate(episodes))))
+    report(arm, seed, agent.step, "seconds", time.perf_counter() - begin)
 
 
 def atari(seeds: int, steps: int | None) -> list[Job]:
-    """IMPALA of width 3: flatten dense, pruned and static sparse, and the mean over the image."""
+    """IMPALA of width 3: flatten dense, pruned and static sparse, and the mean over the image; a job for each run."""
     arms = {name: {"readout": "flatten", **options} for name, options in PRUNING_ARMS.items()}
     arms["gap"] = {"readout": "gap"}
     jobs = []
-    for (arm, options), seed in itertools.product(arms.items(), range(seeds)):
+    # A run that is cut off early leaves whole seeds and, of the last one, whole rates.
+    for seed, rate, (arm, options) in itertools.product(range(seeds), RATES, arms.items()):
         settings = {
-            "arm": arm, "seed": seed, "env_id": "ALE/Breakout-v5", "total_steps": steps or 1_000_000, "num_envs": 128,
-            "window": 32, "encoder_width": 3, "width": 512, "learning_rate": 2.5e-4, "epsilon_end": 0.01,
-            "epsilon_fraction": 0.2, "minibatches": 16, "log_every": 50_000, "checkpoint_every": 200_000, **options,
+            "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Pong-v5",
+            "total_steps": steps or 500_000, "num_envs": 32, "window": 32, "minibatches": 8, "encoder_width": 3,
+            "width": 512, "epsilon_end": 0.02, "epsilon_fraction": 0.25, "log_every": 10_000,
+            "checkpoint_every": 100_000, **options,
         }  # fmt: skip
-        jobs.append(Job("pruning-atari", f"{arm}-{seed}", train_atari, settings, 400))
+        jobs.append(Job("pruning-atari", f"{arm} lr={rate:g} seed {seed}", train_atari, settings, 400))
     return jobs
 
 
@@ -275,7 +284,9 @@ EXPERIMENTS = {
         "DQN on CartPole: dense, pruned to 95 %, static sparse", cartpole, swept=True, tail=0.2
     ),
     "pruning-lunarlander": Experiment("the same on LunarLander (box2d)", lunar_lander, swept=True, tail=0.2),
-    "pruning-atari": Experiment("PQN on Breakout: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1),
+    "pruning-atari": Experiment(
+        "PQN on Pong: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1, swept=True
+    ),
     "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
     "early-stop-halfcheetah": Experiment(
         "TD3, LEAST, random resets on HalfCheetah-v5 (mujoco, GPU)",

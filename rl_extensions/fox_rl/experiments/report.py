@@ -61,7 +61,7 @@ def write_report(rows: Rows, names: list[str], folder: Path) -> str:
     for name in names:
         own = [row for row in rows if row["experiment"] == name]
         metric = EXPERIMENTS[name].score
-        scores = last_scores(own, metric, EXPERIMENTS[name].tail)
+        scores, drawn = last_scores(own, metric, EXPERIMENTS[name].tail), own
         if not scores:
             parts.append(f"{name}: no {metric} measured yet.\n")
             continue
@@ -74,12 +74,13 @@ def write_report(rows: Rows, names: list[str], folder: Path) -> str:
             means = ", ".join(f"{arm}: {interquartile_mean(values):.1f}" for arm, values in scores.items())
             parts.append(f"Interquartile mean of {metric} at every learning rate: {means}.\n")
             scores = best_rates(scores)
+            drawn = [row for row in own if row["arm"] in scores]
         if scores:
             parts.append(compare(scores))
         if name.startswith("early-stop") and "none" in scores:
             parts += early_stop_lines(own, scores)
         if importlib.util.find_spec("matplotlib") is not None:
-            plot_curves(own, folder / f"{name}.png")
+            plot_curves(drawn, folder / f"{name}.png")
     return "\n".join(parts)
 
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_many, train_many_dqn
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_atari, train_many, train_many_dqn
 from fox_rl.experiments.report import write_report
 
 COLUMNS = ("experiment", "job", "arm", "seed", "step", "metric", "value")
@@ -137,7 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--env-workers", type=int, default=None,
-        help="the same: processes of a job that step its environments (default: all cores but a few)",
+        help="the same: processes of a job that step its environments (default: all cores but a few); pruning-atari: "
+        "threads",
     )  # fmt: skip
     parser.add_argument("--report", action="store_true", help="only write tables and figures from results.csv")
     return parser
@@ -176,6 +177,8 @@ def planned(options: argparse.Namespace) -> list[Job]:
         if job.run in (train_many, train_many_dqn):
             job.settings.update({"graphs": False} if options.eager else {})
             job.settings.update({"workers": options.env_workers} if options.env_workers else {})
+        elif job.run is train_atari:
+            job.settings.update({"env_threads": options.env_workers} if options.env_workers else {})
     return jobs
 
 
