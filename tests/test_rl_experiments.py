@@ -65,7 +65,14 @@ def test_the_last_value_of_every_run_and_the_first_step_at_a_goal():
     assert reports.steps_to_reach(rows, "eval_return", 4.0) == {"a": [20.0, float("inf")], "b": [20.0]}
 
 
-def test_every_arm_is_compared_at_its_best_rate(tmp_path):
+def test_every_arm_is_compared_at_its_best_rate(tmp_path, monkeypatch):
+    drawn, plot = [], reports.plot_curves
+
+    def watched(rows, path):
+        drawn.extend(row["arm"] for row in rows)
+        plot(rows, path)
+
+    monkeypatch.setattr(reports, "plot_curves", watched)
     rates = {"dense lr=0.1": 3.0, "dense lr=0.2": 4.0, "pruned lr=0.1": 9.0, "pruned lr=0.2": 1.0}
     rows = table("eval_return", {arm: [[(5, mean - 1)], [(5, mean + 1)]] for arm, mean in rates.items()})
     for row in rows:
@@ -75,6 +82,7 @@ def test_every_arm_is_compared_at_its_best_rate(tmp_path):
     assert "memory: no eval_return measured yet." in text
     assert "dense lr=0.1 |" not in text and "dense lr=0.1: 3.0" in text and "1.00 |" in text
     assert (tmp_path / "pruning-cartpole.png").stat().st_size > 1000
+    assert {*drawn} == {"dense lr=0.2", "pruned lr=0.1"}
 
 
 def test_stops_are_reported_with_what_they_saved_and_against_their_control(tmp_path):
@@ -112,6 +120,14 @@ def test_the_plans_are_what_results_describe():
 
     for job in cartpole + EXPERIMENTS["pruning-lunarlander"].jobs(5, None):
         many_dqn.check([(arm, dqn.Options(**options)) for arm, options in job.settings["runs"]])
+    from fox_rl.agents import pqn
+
+    atari = EXPERIMENTS["pruning-atari"].jobs(2, 5000)
+    rates = {(job.settings["arm"], job.settings["learning_rate"], job.settings["seed"]) for job in atari}
+    assert len(atari) == len(rates) == 24 and all(arm.endswith(f" lr={rate:g}") for arm, rate, _ in rates)
+    assert [job.settings["seed"] for job in atari] == [0] * 12 + [1] * 12  # whole sweeps, one seed after the other
+    for job in atari:
+        pqn.Options(**{name: value for name, value in job.settings.items() if name != "arm"})
     from fox_rl.agents import common, ppo_fox
 
     envs, sizes = common.make_environments("fox_rl/RepeatFirst-v0", 1), {}
@@ -129,6 +145,8 @@ def test_the_command_line_reaches_the_jobs():
     assert job.settings["runs"] == [(arm, seed) for arm in ("none", "least", "random") for seed in (0, 1)]
     (job,) = runner.planned(runner.build_parser().parse_args(["early-stop-ant"]))
     assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 15
+    jobs = runner.planned(runner.build_parser().parse_args(["pruning-atari", "--env-workers", "3"]))
+    assert {job.settings["env_threads"] for job in jobs} == {3}
 
 
 def test_later_runs_add_seeds():
