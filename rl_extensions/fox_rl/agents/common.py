@@ -118,8 +118,8 @@ def check_run_options(options: RunOptions) -> None:
 
 # What a run may change when it goes on.
 FREE_OPTIONS = (
-    "total_steps", "device", "output_dir", "tracker", "log_every", "checkpoint_every", "eval_episodes", "video_dir",
-    "push_to_hub",
+    "total_steps", "device", "output_dir", "env_threads", "tracker", "log_every", "checkpoint_every", "eval_episodes",
+    "video_dir", "push_to_hub",
 )  # fmt: skip
 
 

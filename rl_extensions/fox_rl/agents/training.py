@@ -177,8 +177,12 @@ def run(agent: Agent, quiet: bool = False, report: Callable[..., None] | None = 
         quiet: No progress bar.
         report: Called like `Log.write` with every line of the log.
     """
+    common.claim_folder(agent.options, agent.accelerator.is_main_process)
+    return _run_claimed(agent, quiet, report)
+
+
+def _run_claimed(agent: Agent, quiet: bool = False, report: Callable[..., None] | None = None) -> Agent:
     options, accelerator = agent.options, agent.accelerator
-    common.claim_folder(options, accelerator.is_main_process)
     folder = Path(options.output_dir) if options.output_dir else None
     checkpoint = None if folder is None else folder / f"checkpoint_{accelerator.process_index}.pt"
     state = None if checkpoint is None else common.load_checkpoint(checkpoint)
@@ -263,6 +267,6 @@ def main(agent_class: type[Agent], options_class: type, description: str, argv: 
     except (ValueError, ImportError, gym.error.Error) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    run(agent)
+    _run_claimed(agent)
     sys.stdout.write(f"mean return of the last {len(agent.meter.returns)} episodes: {agent.meter.mean:.3f}\n")
     return 0
