@@ -69,8 +69,10 @@ class Agent(training.OnPolicyAgent):
         self.model, self.optimizer = self.accelerator.prepare(self.network, optimizer)
         self.prune("network", self.network, self.optimizer, self.optimizer_steps)
         self.observation = self.envs.reset(seed=self.seed_process())[0]
-        first = torch.as_tensor(self.observation)
-        self.staged = torch.empty_like(first, pin_memory=self.device.type == "cuda")
+        first, on_gpu = torch.as_tensor(self.observation), self.device.type == "cuda"
+        self.staged = torch.empty_like(first, pin_memory=on_gpu)
+        self.greedy = torch.empty(options.num_envs, dtype=torch.long, pin_memory=on_gpu)
+        self.done = torch.cuda.Event(blocking=True) if on_gpu else None
         self.window_observation = torch.empty(options.window, *first.shape, dtype=first.dtype, device=self.device)
 
     @property
@@ -78,6 +80,12 @@ class Agent(training.OnPolicyAgent):
         """Share of random actions now."""
         progress = min(1.0, self.update / max(1.0, self.options.epsilon_fraction * self.num_updates))
         return 1.0 + progress * (self.options.epsilon_end - 1.0)
+
+    def wait(self) -> None:
+        """Until the GPU is through; asleep, for the games need the cores."""
+        if self.done is not None:
+            self.done.record()
+            self.done.synchronize()
 
     def advance(self) -> dict[str, float]:
         """One window."""
@@ -119,9 +127,10 @@ def collect(agent: Agent) -> tuple[Tensor, Tensor, Tensor]:
         values = agent.network(agent.window_observation[t])
         if t > 0:
             value_tp1[t - 1] = values.amax(dim=-1)
-        greedy = values.argmax(dim=-1).cpu().numpy()
+        agent.greedy.copy_(values.argmax(dim=-1), non_blocking=True)
+        agent.wait()
         explores = np.random.random(envs) < agent.epsilon
-        action[t] = np.where(explores, np.random.randint(agent.network.num_actions, size=envs), greedy)
+        action[t] = np.where(explores, np.random.randint(agent.network.num_actions, size=envs), agent.greedy.numpy())
         following, reward[t], terminated[t], truncated, info = agent.envs.step(action[t])
         ended[t] = terminated[t] | truncated
         if (truncated & ~terminated[t]).any():
@@ -143,9 +152,10 @@ def collect(agent: Agent) -> tuple[Tensor, Tensor, Tensor]:
 def learn(agent: Agent, observation: Tensor, action: Tensor, target: Tensor) -> dict[str, float]:
     """Some epochs of regression of the chosen action's value on its target."""
     options, losses = agent.options, []
-    for _ in range(options.epochs):
-        # Sent at once: an index from the host would make every update wait for the one before.
-        for chosen in torch.randperm(len(action)).to(agent.device).chunk(options.minibatches):
+    # Sent at once: an index from the host would make every update wait for the one before.
+    orders = torch.stack([torch.randperm(len(action)) for _ in range(options.epochs)]).to(agent.device)
+    for order in orders:
+        for chosen in order.chunk(options.minibatches):
             value = agent.model(observation[chosen]).gather(1, action[chosen, None]).squeeze(1)
             loss = F.mse_loss(value, target[chosen])
             agent.optimizer.zero_grad()
@@ -153,6 +163,7 @@ def learn(agent: Agent, observation: Tensor, action: Tensor, target: Tensor) -> 
             agent.accelerator.clip_grad_norm_(agent.network.parameters(), options.max_grad_norm)
             agent.optimizer.step()
             losses.append(loss.detach())
+    agent.wait()
     return {"loss": float(torch.stack(losses).mean()), "value": float(target.mean())}
 
 
