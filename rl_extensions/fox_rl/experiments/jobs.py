@@ -149,8 +149,8 @@ def atari(seeds: int, steps: int | None) -> list[Job]:
     # A run that is cut off early leaves whole seeds and, of the last one, whole rates.
     for seed, rate, (arm, options) in itertools.product(range(seeds), RATES, arms.items()):
         settings = {
-            "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Pong-v5",
-            "total_steps": steps or 500_000, "num_envs": 32, "window": 32, "minibatches": 8, "encoder_width": 3,
+            "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Asterix-v5",
+            "total_steps": steps or 400_000, "num_envs": 32, "window": 32, "minibatches": 8, "encoder_width": 3,
             "width": 512, "epsilon_end": 0.02, "epsilon_fraction": 0.25, "log_every": 10_000,
             "checkpoint_every": 100_000, **options,
         }  # fmt: skip
@@ -285,7 +285,7 @@ EXPERIMENTS = {
     ),
     "pruning-lunarlander": Experiment("the same on LunarLander (box2d)", lunar_lander, swept=True, tail=0.2),
     "pruning-atari": Experiment(
-        "PQN on Pong: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1, swept=True
+        "PQN on Asterix: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1, swept=True
     ),
     "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
     "early-stop-halfcheetah": Experiment(
