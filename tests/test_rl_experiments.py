@@ -147,6 +147,11 @@ def test_the_command_line_reaches_the_jobs():
     assert "graphs" not in job.settings and 1 <= job.settings["workers"] <= len(job.settings["runs"]) == 15
     jobs = runner.planned(runner.build_parser().parse_args(["pruning-atari", "--env-workers", "3"]))
     assert {job.settings["env_threads"] for job in jobs} == {3}
+    rates = ["--rates", "5e-4", "0.001"]
+    jobs = runner.planned(runner.build_parser().parse_args(["pruning-atari", "pruning-cartpole", "memory", *rates]))
+    assert [job.experiment for job in jobs] == ["pruning-atari"] * 8 + ["pruning-cartpole"] * 2
+    assert {job.settings["learning_rate"] for job in jobs[:8]} == {5e-4, 1e-3}
+    assert {own["learning_rate"] for job in jobs[8:] for _, own in job.settings["runs"]} == {5e-4, 1e-3}
 
 
 def test_later_runs_add_seeds():
@@ -169,6 +174,7 @@ def test_says_what_is_wrong(capsys):
     for arguments, message in (
         (["memory", "--workers", "0"], "--workers and --seeds must be at least 1; got 0"),
         (["memory", "--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["pruning-atari", "--rates", "5e-4", "0.3"], "--rates must be rates of these experiments; got 0.3"),
         (["throughput", "--first-seed", "3"], "0 for throughput, whose runs are rounds; got 3"),
     ):
         with pytest.raises(SystemExit):

@@ -129,12 +129,23 @@ def train_atari(report: Report, arm: str, seed: int, episodes: int = 16, **optio
     precision = "bf16" if torch.cuda.is_available() else "no"
     agent = pqn.Agent(pqn.Options(seed=seed, mixed_precision=precision, **options))
     report(arm, seed, 0, "parameters", sum(p.numel() for p in agent.network.parameters()))
+    report(arm, seed, 0, "seconds", time.perf_counter() - begin)
+    play, in_games = agent.envs.step, [0.0]
+
+    def timed(action: np.ndarray) -> tuple:
+        before = time.perf_counter()
+        following = play(action)
+        in_games[0] += time.perf_counter() - before
+        return following
+
+    agent.envs.step = timed
 
     def log(step: int, **values: float) -> None:
-        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank"):
+        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank", "loss"):
             if name in values:
                 report(arm, seed, step, name, values[name])
         report(arm, seed, step, "seconds", time.perf_counter() - begin)
+        report(arm, seed, step, "seconds_in_games", in_games[0])
 
     training.run(agent, quiet=True, report=log)
     report(arm, seed, agent.step, "eval_return", float(np.mean(agent.evaluate(episodes))))
@@ -149,8 +160,8 @@ def atari(seeds: int, steps: int | None) -> list[Job]:
     # A run that is cut off early leaves whole seeds and, of the last one, whole rates.
     for seed, rate, (arm, options) in itertools.product(range(seeds), RATES, arms.items()):
         settings = {
-            "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Asterix-v5",
-            "total_steps": steps or 400_000, "num_envs": 32, "window": 32, "minibatches": 8, "encoder_width": 3,
+            "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Qbert-v5",
+            "total_steps": steps or 300_000, "num_envs": 32, "window": 32, "minibatches": 16, "encoder_width": 3,
             "width": 512, "epsilon_end": 0.02, "epsilon_fraction": 0.25, "log_every": 10_000,
             "checkpoint_every": 100_000, **options,
         }  # fmt: skip
@@ -285,7 +296,7 @@ EXPERIMENTS = {
     ),
     "pruning-lunarlander": Experiment("the same on LunarLander (box2d)", lunar_lander, swept=True, tail=0.2),
     "pruning-atari": Experiment(
-        "PQN on Asterix: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1, swept=True
+        "PQN on Qbert: the same and GAP, IMPALA of width 3 (ale-py, GPU)", atari, seeds=1, swept=True
     ),
     "memory": Experiment("RepeatFirst with PPO: FoX, GRU, sliding windows", memory, seeds=3),
     "early-stop-halfcheetah": Experiment(

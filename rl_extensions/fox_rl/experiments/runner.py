@@ -130,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm (default: of each experiment)")
     parser.add_argument("--first-seed", type=int, default=0, help="the runs of an arm have the seeds from here on")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=None, help="pruning-*: only these learning rates (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=None, help="environment steps of a run (default: of each)")
     parser.add_argument("--seconds", type=float, default=None, help="stop everything after this time (default: never)")
     parser.add_argument(
@@ -153,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().error(
             f"--first-seed must be at least 0, and 0 for throughput, whose runs are rounds; got {options.first_seed}"
         )
+    for rate in options.rates or []:
+        if not planned(argparse.Namespace(**{**vars(options), "rates": [rate]})):
+            build_parser().error(f"--rates must be rates of these experiments; got {rate:g}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.csv"
     missing = 0
@@ -171,6 +177,9 @@ def planned(options: argparse.Namespace) -> list[Job]:
     for name in options.names:
         experiment = EXPERIMENTS[name]
         jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
+    if options.rates is not None:
+        wanted = {f"lr={rate:g}" for rate in options.rates}
+        jobs = [job for job in jobs if wanted & {*job.name.split()}]
     if options.first_seed:
         jobs = [from_seed(job, options.first_seed) for job in jobs]
     for job in jobs:
