@@ -23,16 +23,17 @@ Every backend takes `(module, query, key, value, attention_mask, scaling, log_fg
 `(B, T, H, D)` and the attention weights or None.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_tracing
 
 from .cache_fox import is_exporting, use_operator
 
@@ -318,6 +319,12 @@ def sdpa_attention_forward(
     return out[..., :head_dim].transpose(1, 2).contiguous(), None
 
 
+@lru_cache
+def flex_attention_of_cpus() -> Callable:
+    """Compiled for each shape anew: what PyTorch 2.13 writes for any shape, with a decay in it, no compiler takes."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
 def flex_attention_forward(
     module, query, key, value, attention_mask, scaling, log_fgate, document_starts=None, cache_layer=None, **kwargs
 ):
@@ -340,7 +347,10 @@ def flex_attention_forward(
         far = query_high[batch, head, query_idx] - high[batch, head, key_idx]
         return score + (far + (query_low[batch, head, query_idx] - low[batch, head, key_idx]))
 
-    out = compile_friendly_flex_attention(
+    attend = partial(compile_friendly_flex_attention, training=module.training)
+    if query.device.type == "cpu" and not is_torchdynamo_compiling():
+        attend = flex_attention_of_cpus()
+    out = attend(
         query,
         key,
         value,
@@ -348,7 +358,6 @@ def flex_attention_forward(
         block_mask=attention_mask,
         enable_gqa=key.shape[1] != num_heads,
         scale=scaling,
-        training=module.training,
     )
     return out.transpose(1, 2).contiguous(), None
 

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -48,14 +49,16 @@ def uncompiled_flex(monkeypatch):
     import transformers.masking_utils
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def plain(*args, training, **kwargs):
+    def plain(*args, **kwargs):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "called without torch.compile"
             return flex_attention(*args, **kwargs)
 
-    monkeypatch.setattr(attention_fox, "compile_friendly_flex_attention", plain)
+    attend = attention_fox.flex_attention_of_cpus
+    monkeypatch.setattr(attention_fox, "flex_attention_of_cpus", lambda: plain)
     mask = lambda *args, _compile, **kwargs: create_block_mask(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(transformers.masking_utils, "create_block_mask", mask)
+    return attend
 
 
 @pytest.mark.parametrize("backend", FUNCTIONS)
@@ -178,6 +181,26 @@ def test_flex_attention_equals_the_definition_also_with_padding_and_documents(un
         )
         real = mask.bool() if "attention_mask" in inputs else torch.ones_like(mask).bool()
         assert (got - expected)[real].abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_flex_attention_takes_a_second_length_on_a_cpu(monkeypatch, uncompiled_flex):
+    """The code for lengths that are not known does not compile (PyTorch 2.13), so none may be asked for."""
+    graphs, compiler = [], torch.compile
+
+    def look(graph, inputs):
+        graphs.append([x for x in inputs if not isinstance(x, torch.Tensor) or isinstance(x.shape[-2], torch.SymInt)])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(compiler, backend=look))
+    # As it is, but without the cache: what is compiled here is for this test alone.
+    monkeypatch.setattr(attention_fox, "flex_attention_of_cpus", uncompiled_flex.__wrapped__)
+    model = tiny_fox(num_hidden_layers=1)
+    for length in (20, 40, 30):
+        tokens = random_tokens(2, length)
+        expected = run_logits(model, "eager", tokens)
+        torch.testing.assert_close(run_logits(model, "flex_attention", tokens), expected, rtol=0, atol=1e-4)
+    assert graphs == [[], [], []]
 
 
 def test_pruning_changes_little_and_really_prunes():
