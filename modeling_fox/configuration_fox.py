@@ -199,6 +199,12 @@ class FoxConfig(PreTrainedConfig):
         # The checks run here too, not only in the `@strict` validators: those wrap every ValueError in an error of
         # their own class, and the derived values below must not be computed from nonsense.
         self._check_sizes()
+        for name in ("rope_parameters", "rope_scaling"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"`{name}` must be left out; got {kwargs[name]}, which nothing reads. Set `use_rope` and "
+                    "`rope_theta`: FoX has no scaled RoPE, as its decay tells distances apart."
+                )
         if self.intermediate_size is None:
             width = math.floor(self.hidden_size * self.hidden_ratio * 2 / 3)
             self.intermediate_size = MLP_WIDTH_MULTIPLE * math.ceil(width / MLP_WIDTH_MULTIPLE)

@@ -429,6 +429,8 @@ class FoxPreTrainedModel(SavesCode, LoadsOtherCheckpoints, PreTrainedModel):
 @auto_docstring
 class FoxModel(FoxPreTrainedModel):
     def __init__(self, config: FoxConfig):
+        # Again: `from_pretrained(..., fgate_type=...)` changes fields of a config that was checked before.
+        config.validate_architecture()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

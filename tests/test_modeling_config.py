@@ -257,6 +257,8 @@ def test_saved_config_loads_as_it_was(tmp_path):
         ({"log_pruning_tolerance": float("nan")}, "must be negative and finite; got nan"),
         ({"log_pruning_tolerance": -math.inf}, "must be negative and finite; got -inf"),
         ({"pruning_rule": "boldest"}, "`pruning_rule` must be one of .*; got 'boldest'"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "`rope_parameters` must be left out; .* Set `use_rope`"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling` must be left out; .* no scaled RoPE"),
     ],
 )
 def test_says_what_is_wrong_with_the_config(config, message):
@@ -268,6 +270,13 @@ def test_says_what_is_wrong_with_the_config(config, message):
 def test_refuses_a_wrong_type_by_the_name_of_the_field(config):
     with pytest.raises(Exception, match=next(iter(config))):
         FoxConfig(**config)
+
+
+def test_a_value_spoiled_while_loading_is_refused(tmp_path):
+    """An unknown type of gate would be none at all."""
+    tiny_fox().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`fgate_type` must be one of .*; got 'half'"):
+        FoxForCausalLM.from_pretrained(tmp_path, fgate_type="half")
 
 
 def test_a_value_spoiled_later_is_not_saved(tmp_path):
