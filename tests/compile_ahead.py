@@ -72,7 +72,7 @@ def kernel_names():
     return [name for module in MODULES for name in vars(module) if name.endswith("_kernel")]
 
 
-def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, keys=4096, pruned=False):
+def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, keys=4096):
     """Every kernel with the arguments that a GPU like `target` would launch it with, by its name."""
     arch = TARGETS[target].arch if target.startswith("sm_") else 0
     places = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
@@ -85,7 +85,7 @@ def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, k
             module.architecture = lambda device: arch
         for module, name in places:
             setattr(module, name, recorders[name])
-        _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned)
+        _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys)
     finally:
         for module in with_architecture:
             module.architecture = architecture
@@ -94,7 +94,7 @@ def record_launches(head_dim, dtype, target, heads=4, kv_heads=2, queries=512, k
     return recorders
 
 
-def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned):
+def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys):
     q = torch.empty(1, heads, queries, head_dim, dtype=dtype)
     k = torch.empty(1, kv_heads, keys, head_dim, dtype=dtype)
     gates = torch.zeros(1, heads, keys)
@@ -102,7 +102,7 @@ def _launch_everything(head_dim, dtype, heads, kv_heads, queries, keys, pruned):
     packed = torch.zeros(3, dtype=torch.int32)
     triton_gates.prepare(gates, None, queries, 100, packed)
     # Where Hopper's kernels apply, they are launched as well; the last launch of a kernel is the one that counts.
-    out, lse = triton_forward.forward(q, k, k, sums, first, 1.0, pruned=pruned)
+    out, lse = triton_forward.forward(q, k, k, sums, first, 1.0)
     column_sum = triton_backward.backward(out, q, k, k, out, lse, sums, first, 1.0)[-1]
     with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": "0"}):
         triton_forward.forward(q, k, k, sums, first, 1.0)

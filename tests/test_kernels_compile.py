@@ -22,17 +22,16 @@ ATTENTION = tuple(
 # channels took 10.5 to 10.8 ms (16384 tokens, 32 heads) where the two passes take 14.5 ms; that was Triton 3.6, which
 # spills 60 times where 3.9 does 106 times, mostly reloads of addresses. At 64 channels 3.9 reloads one.
 WORTH_THEIR_SPILLS = {
+    # Three or four warpgroups on a multiprocessor, see gluon_forward.py. Triton 3.6 spills nothing in its loops; 3.9
+    # does so where a tile passes once or twice, on its diagonal and where keys are masked, and once elsewhere.
+    ("gluon_forward_kernel", 64, "sm_90"): 50,
     ("forgetting_attention_backward_key_kernel", 128, "sm_90"): 60,
     ("gluon_backward_kernel", 64, "sm_90"): 1,
-    # Three warpgroups: 3.40 ms where two took 3.58 (16384 tokens, 48 heads). Triton 3.6 spills none of them; 3.9
-    # spills 3 or 4 in each loop over whole blocks, the rest (at 128 channels: all) where a tile passes once or twice.
-    ("gluon_forward_kernel", 64, "sm_90"): 400,
-    ("gluon_forward_kernel", 128, "sm_90"): 12,
     ("gluon_backward_kernel", 128, "sm_90"): 110,
 }
 
 HOPPER = [(f"gluon_{name}_kernel", dim) for name in ("forward", "backward") for dim in (64, 128)]
-HOPPER_CASES = [(*case, False) for case in HOPPER] + [("gluon_forward_kernel", 64, True)]
+HOPPER_CASES = [(*case, 512) for case in HOPPER] + [("gluon_forward_kernel", 64, 16384)]
 CASES = [("bfloat16", dim, target) for dim in (64, 128, 256) for target in SHARED_MEMORY]
 CASES += [("float32", 64, "sm_90")]
 
@@ -48,18 +47,19 @@ def test_compiles_without_spills_in_its_loops(name, dtype, dim, target):
     assert sum(used["spills_in_loops"]) <= WORTH_THEIR_SPILLS.get((name, dim, target), 0), used
 
 
-@pytest.mark.parametrize(("name", "dim", "pruned"), HOPPER_CASES)
-def test_hoppers_kernels_keep_their_products_in_flight(name, dim, pruned):
+@pytest.mark.parametrize(("name", "dim", "queries"), HOPPER_CASES)
+def test_hoppers_kernels_keep_their_products_in_flight(name, dim, queries):
     """ptxas that cannot overlap them waits for each by itself: dozens of fences in a loop in place of a few."""
     from compile_ahead import compile_launch, fences_in_loops, record_launches, resources
 
-    compiled = compile_launch(record_launches(dim, torch.bfloat16, "sm_90", pruned=pruned)[name], "sm_90")
+    compiled = compile_launch(
+        record_launches(dim, torch.bfloat16, "sm_90", queries=queries, keys=2 * queries)[name], "sm_90"
+    )
     used, fences = resources(compiled), fences_in_loops(compiled)
     print(name, dim, used, fences)
     assert used["shared_bytes"] <= SHARED_MEMORY["sm_90"]
     assert max(fences) <= 10, fences
-    worth = 0 if pruned else WORTH_THEIR_SPILLS.get((name, dim, "sm_90"), 0)
-    assert sum(used["spills_in_loops"]) <= worth, used
+    assert sum(used["spills_in_loops"]) <= WORTH_THEIR_SPILLS.get((name, dim, "sm_90"), 0), used
 
 
 def test_every_other_kernel_compiles_without_a_stack():

@@ -126,7 +126,10 @@ def test_gpu_kernels_match_the_definition(queries, keys, dim, dtype, poisoned_me
 @pytest.mark.parametrize("dim", [48, 64, 128])
 @pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(200, 200, 4), (1000, 1711, 2), (4096, 4096, 1)])
 def test_gpu_kernels_and_hoppers_agree_with_the_definition(queries, keys, kv_heads, dim, gate_logits, poisoned_memory):
-    """Both passes backward, in bfloat16: what Hopper does by default, what is deterministic, and the plain twins."""
+    """Both passes backward, in bfloat16: what Hopper does by default, what is deterministic, and the plain twins.
+
+    Forward Hopper's kernel for short sequences of 64 channels, and that for long ones.
+    """
     inputs = attention_inputs(
         batch=1, heads=4, kv_heads=kv_heads, queries=queries, keys=keys, dim=dim, gate_logits=gate_logits,
         dtype=torch.bfloat16, device="cuda",
@@ -137,11 +140,12 @@ def test_gpu_kernels_and_hoppers_agree_with_the_definition(queries, keys, kv_hea
     doubles = [x.double() for x in inputs]
     exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), **options)
     same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, **options)
-    for deterministic, gluon in ((False, "1"), (True, "1"), (False, "0")):
-        with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": gluon}):
+    hopper = triton_forward.gluon_forward
+    for deterministic, gluon, few in ((False, "1", 10**6), (True, "1", 0), (False, "0", 0)):
+        with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": gluon}), mock.patch.object(hopper, "FEW_QUERIES", few):
             got = output_and_gradients(forgetting_attention, inputs, grad_out, deterministic=deterministic, **options)
         for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
-            assert_as_accurate_as_torch(x, y, z, name=f"{name}, {deterministic=}, {gluon=}")
+            assert_as_accurate_as_torch(x, y, z, name=f"{name}, {deterministic=}, {gluon=}, {few=}")
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gates import GATE_BLOCK, LOG2_E, GateSums
-from .gluon_forward import NO_KEY, gluon_descriptor, load_async, pass_turn, store_async, wait_turn
+from .gluon_forward import NO_KEY, gluon_descriptor, load_async, store_async
 from .launch import described, launch
 from .tile_sizes import padded_head_dim
 
@@ -49,6 +49,23 @@ KEYS = gl.constexpr(128)  # of a program
 PART = gl.constexpr(64)  # keys of a warpgroup
 ROWS = gl.constexpr(64)  # queries of a step
 SLOTS = gl.constexpr(4)  # of dS: the other warpgroup is done with the one that is written
+
+
+@gluon.jit
+def pass_turn(TURN: gl.constexpr):
+    """Let the other warpgroup go on past its `wait_turn`."""
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(
+        "bar.arrive " + TURN + ", 256; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_turn(TURN: gl.constexpr):
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(
+        "bar.sync " + TURN + ", 256; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 def _transposing_sum() -> str:

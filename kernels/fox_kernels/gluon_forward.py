@@ -2,9 +2,10 @@
 
 The mathematics and the numbers are those of triton_forward.py, its twin for everything else; what differs is who
 does what. A program stays on its multiprocessor and takes tiles of queries from a counter until none is left. One warp
-fetches, well into the next tile, by the tensor memory accelerator. Two or three warpgroups own 64 queries of the tile
-each; while one multiplies, another takes exponentials (the ping-pong of FlashAttention-3, arXiv:2407.08608), and in
-a warpgroup the product of one block's weights with the values runs beside the next block's softmax.
+fetches, well into the next tile, by the tensor memory accelerator. Two to four warpgroups own 64 queries of the tile
+each and do one thing after the other: scores, weights, values. Three or four of them on a multiprocessor, by two
+programs or by one, are enough for some to multiply while others take exponentials. With two programs that holds at the
+ends of tiles, too, where a group has much to do besides its blocks; and small blocks leave them the registers.
 
 Queries whose sum outgrew `LARGEST_SUM` are only marked here; the twin does the marked ones again.
 
@@ -35,56 +36,16 @@ load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 ROWS = gl.constexpr(64)  # of a warpgroup
-KEYS = gl.constexpr(GATE_BLOCK)  # of a tile
+KEYS = gl.constexpr(64)  # of a tile
+GATES = gl.constexpr(GATE_BLOCK)
 LARGEST_SPREAD = gl.constexpr(60.0)
 NO_KEY = gl.constexpr(2147483647)
 
 
 @gluon.jit
-def pass_turn(TURN: gl.constexpr):
-    """Let the other warpgroup go on past its `wait_turn`."""
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(
-        "bar.arrive " + TURN + ", 256; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def wait_turn(TURN: gl.constexpr):
-    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(
-        "bar.sync " + TURN + ", 256; mov.b32 $0, $1;", "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _wait_own_turn(GROUP: gl.constexpr):
-    wait_turn("13" if GROUP == 0 else ("14" if GROUP == 1 else "15"))
-
-
-@gluon.jit
-def _pass_turn_on(GROUP: gl.constexpr, GROUPS: gl.constexpr):
-    NEXT: gl.constexpr = (GROUP + 1) % GROUPS
-    pass_turn("13" if NEXT == 0 else ("14" if NEXT == 1 else "15"))
-
-
-@gluon.jit
-def _not_before(x):
-    """`x`, sums of weights: what waits after this does so after they are there.
-
-    ptxas knows of no tie between a wait for products and other arithmetic, and would wait before the exponentials that
-    are to run beside the products. A barrier that depends on them, and is never executed, it leaves there.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred below; setp.lt.f32 below, $1, 0f00000000; @below bar.arrive 12, 256; mov.b32 $0, $1; }",
-        "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def load_sum(within, starts, within_low, starts_low, at):
     """lam at one key: the start of its block, what follows, and the low parts of both together."""
-    n = at // KEYS
+    n = at // GATES
     return (
         gl.load(starts + n),
         gl.load(within + at),
@@ -95,7 +56,7 @@ def load_sum(within, starts, within_low, starts_low, at):
 @gluon.jit
 def load_sums(within, starts, within_low, starts_low, at, mask):
     """`load_sum` of a vector of keys."""
-    n = at // KEYS
+    n = at // GATES
     low = gl.load(starts + starts_low + n, mask=mask, other=0.0)
     low += gl.load(within + within_low + at, mask=mask, other=0.0)
     return gl.load(starts + n, mask=mask, other=0.0), gl.load(within + at, mask=mask, other=0.0), low
@@ -133,7 +94,7 @@ def _fetch(arguments, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
         within_ptr, starts_ptr, first_key_ptr, counter, within_low, starts_low, num_tiles, num_heads, section, T, S, H,
         N,
     ) = arguments  # fmt: skip
-    s = gl.arange(0, KEYS, layout=gl.BlockedLayout([4], [32], [1], [0]))
+    s = gl.arange(0, KEYS, layout=gl.BlockedLayout([2], [32], [1], [0]))
     entry = gl.arange(0, 2, layout=gl.BlockedLayout([2], [32], [1], [0]))
     num_work = num_tiles * num_heads
     work = gl.program_id(0)
@@ -165,8 +126,9 @@ def _fetch(arguments, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
             free = ((done // STAGES) & 1) ^ 1
             at = n * KEYS + s
             inside = gl.load(within + at, mask=at < S, other=0.0)
-            low = ref_low - gl.load(starts + starts_low + n)
-            bias = ((ref_start - gl.load(starts + n)) + ref_within + low) - inside
+            gates = n * KEYS // GATES
+            low = ref_low - gl.load(starts + starts_low + gates)
+            bias = ((ref_start - gl.load(starts + gates)) + ref_within + low) - inside
             mbarrier.wait(k_empty.index(stage), free)
             mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
             load_async(k, [batch, kv_head, n * KEYS, 0], k_full.index(stage), k_tile.index(stage))
@@ -185,110 +147,66 @@ def _fetch(arguments, G: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexp
 
 
 @gluon.jit
-def _begin(i, query, k_tile, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr):
-    """Start the scores of block i, which must have arrived."""
-    key = k_tile.index(i % STAGES).reshape([KEYS, D])
-    return warpgroup_mma(
-        query, key.permute((1, 0)), gl.zeros([ROWS, KEYS], gl.float32, layout=SCORES), use_acc=False, is_async=True
-    )
-
-
-@gluon.jit
-def _add_values(i, p, acc, v_tile, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start acc += p v of block i, which must have arrived."""
-    return warpgroup_mma(p, v_tile.index(i % STAGES).reshape([KEYS, D]), acc, is_async=True)
-
-
-@gluon.jit
 def _wait_for(full, i, STAGES: gl.constexpr):
     mbarrier.wait(full.index(i % STAGES), (i // STAGES) & 1)
 
 
 @gluon.jit
-def _step(
-    i, n, p, acc, row_sum, anchor, query, buffers, rows, score_scale,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+def _scores(
+    i, n, above, query, buffers, rows, score_scale,
+    MASKED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
 ):  # fmt: skip
-    """Scores and weights of block i, the keys from n * KEYS on, while the values of block i - 1 are added.
-
-    Three warpgroups have 160 registers a thread. That does not hold the bias beside scores, weights and output, so it
-    is read late; nor masks beside them, so blocks that need some wait for both products.
-    """
+    """Scores of block i, the keys from n * KEYS on, less the number `above`."""
     k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
     first_key, t_key, s = rows
-    LATE: gl.constexpr = GROUPS == 3
-    _wait_for(v_full, i - 1, STAGES)
+    stage = i % STAGES
     _wait_for(k_full, i, STAGES)
-    _wait_own_turn(GROUP)
-    if MASKED:
-        acc = _add_values(i - 1, p, acc, v_tile, D, STAGES)
-        score = _begin(i, query, k_tile, D, STAGES, SCORES)
-        _pass_turn_on(GROUP, GROUPS)
-        acc, score = warpgroup_mma_wait(0, deps=(acc, score))
-    else:
-        score = _begin(i, query, k_tile, D, STAGES, SCORES)
-        acc = _add_values(i - 1, p, acc, v_tile, D, STAGES)
-        _pass_turn_on(GROUP, GROUPS)
-    if not MASKED and LATE:
-        score = warpgroup_mma_wait(1, deps=(score,))
-    bias = bias_tile.index(i % STAGES).load(gl.SliceLayout(0, SCORES))
-    if ONE_ANCHOR:
-        bias -= anchor
-    if not MASKED and not LATE:
-        score = warpgroup_mma_wait(1, deps=(score,))
-    if not LATE:
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+    key = k_tile.index(stage).reshape([KEYS, D]).permute((1, 0))
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, layout=SCORES)
+    score = warpgroup_mma(query, key, nothing, use_acc=False, is_async=True)
+    bias = bias_tile.index(stage).load(gl.SliceLayout(0, SCORES)) - above
+    score = warpgroup_mma_wait(0, deps=(score,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
     score = score * score_scale + bias[None, :]
-    if not ONE_ANCHOR:
-        score -= anchor[:, None]
     if MASKED:
         at = n * KEYS + s
         score = gl.where((at[None, :] >= first_key[:, None]) & (at[None, :] <= t_key[:, None]), score, float("-inf"))
-    weight = gl.exp2(score)
-    row_sum += gl.sum(weight, 1)
-    if not MASKED:
-        if GROUPS == 2:  # with fewer registers the compiler does so by itself, and would spill for this
-            row_sum = _not_before(row_sum)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    if LATE:
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
-    mbarrier.arrive(v_empty.index((i - 1) % STAGES), count=1)
-    return gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS), acc, row_sum
+    return score
+
+
+@gluon.jit
+def _add_values(i, weight, acc, buffers, D: gl.constexpr, STAGES: gl.constexpr, WEIGHTS: gl.constexpr):
+    """acc + weight v of block i."""
+    k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
+    stage = i % STAGES
+    p = gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS)
+    _wait_for(v_full, i, STAGES)
+    acc = warpgroup_mma(p, v_tile.index(stage).reshape([KEYS, D]), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_empty.index(stage), count=1)
+    return acc
 
 
 @gluon.jit
 def _steps(
-    i_begin, i_end, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, SCORES: gl.constexpr, WEIGHTS: gl.constexpr,
+    i_begin, i_end, begin, first, acc, row_sum, anchor, query, buffers, rows, score_scale,
+    MASKED: gl.constexpr, ONE_ANCHOR: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
+    WEIGHTS: gl.constexpr,
 ):  # fmt: skip
+    """Blocks [i_begin, i_end), relative to an anchor that stays: one number, or one of each row."""
     for i in range(i_begin, i_end):
-        p, acc, row_sum = _step(
-            begin + i, first - i, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP, GROUPS, MASKED,
-            ONE_ANCHOR, D, STAGES, SCORES, WEIGHTS,
-        )  # fmt: skip
-    return p, acc, row_sum
+        above = anchor if ONE_ANCHOR else 0.0
+        score = _scores(begin + i, first - i, above, query, buffers, rows, score_scale, MASKED, D, STAGES, SCORES)
+        if not ONE_ANCHOR:
+            score -= anchor[:, None]
+        weight = gl.exp2(score)
+        row_sum += gl.sum(weight, 1)
+        acc = _add_values(begin + i, weight, acc, buffers, D, STAGES, WEIGHTS)
+    return acc, row_sum
 
 
 @gluon.jit
-def _masked_scores(
-    i, n, query, buffers, rows, score_scale, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr
-):
-    k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
-    first_key, t_key, s = rows
-    _wait_for(k_full, i, STAGES)
-    score = _begin(i, query, k_tile, D, STAGES, SCORES)
-    bias = bias_tile.index(i % STAGES).load(gl.SliceLayout(0, SCORES))
-    score = warpgroup_mma_wait(0, deps=(score,))
-    mbarrier.arrive(k_empty.index(i % STAGES), count=1)
-    at = n * KEYS + s
-    score = score * score_scale + bias[None, :]
-    return gl.where((at[None, :] >= first_key[:, None]) & (at[None, :] <= t_key[:, None]), score, float("-inf"))
-
-
-@gluon.jit
-def _online(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constexpr):
+def _online(score, acc, row_sum, row_max, OUT: gl.constexpr):
     """A step of an online softmax, without its product."""
     new_max = gl.maximum(row_max, gl.max(score, 1))
     shift = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -296,11 +214,11 @@ def _online(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constex
     rescale = gl.exp2(row_max - shift)
     row_sum = row_sum * rescale + gl.sum(weight, 1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-    return gl.convert_layout(weight.to(gl.bfloat16), WEIGHTS), acc, row_sum, new_max
+    return weight, acc, row_sum, new_max
 
 
 @gluon.jit
-def _settle(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constexpr):
+def _settle(score, acc, row_sum, row_max, OUT: gl.constexpr):
     """The last of those steps, after which the anchor stays: that of each row, and the one of all if there is one.
 
     Also what the rounding of this step's weights adds to a sum: a row with few keys must not be off by it, as nothing
@@ -318,18 +236,15 @@ def _settle(score, acc, row_sum, row_max, OUT: gl.constexpr, WEIGHTS: gl.constex
     rescale = gl.exp2(row_max - anchor)
     row_sum = row_sum * rescale + gl.sum(weight, 1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
-    narrow = weight.to(gl.bfloat16)
-    rounding = gl.sum(narrow.to(gl.float32) - weight, 1)
-    return gl.convert_layout(narrow, WEIGHTS), acc, row_sum, rounding, anchor, highest_row, one_anchor
+    rounding = gl.sum(weight.to(gl.bfloat16).to(gl.float32) - weight, 1)
+    return weight, acc, row_sum, rounding, anchor, highest_row, one_anchor
 
 
 @gluon.jit
-def _skip(i, count, buffers, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    """Pass over `count` blocks from i on that only other groups see, a turn for each."""
+def _skip(i, count, buffers, STAGES: gl.constexpr):
+    """Pass over `count` blocks from i on that only other groups see."""
     k_tile, v_tile, bias_tile, k_full, k_empty, v_full, v_empty = buffers
     for j in range(i, i + count):
-        _wait_own_turn(GROUP)
-        _pass_turn_on(GROUP, GROUPS)
         stage = j % STAGES
         # Not before they are there: what is freed twice in one round would let the loading warp overtake.
         _wait_for(k_full, j, STAGES)
@@ -373,8 +288,6 @@ def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexp
     s = gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
     num_work = num_tiles * num_heads
 
-    if GROUP == GROUPS - 1:
-        _pass_turn_on(GROUP, GROUPS)
     tile = 0
     begin = 0  # blocks of keys that all tiles before had
     work, last = _read_plan(plan, q_full, tile)
@@ -404,51 +317,44 @@ def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexp
         slot = tile & 1
         query_tile = q_tile.index(slot * GROUPS + GROUP)
         query = query_tile.reshape([ROWS, D])
-        _skip(begin, skipped, buffers, GROUP, GROUPS, STAGES)
+        _skip(begin, skipped, buffers, STAGES)
 
-        # 2. On the diagonal: online softmax, one product after the other. All blocks but the last add their values
-        # here; groups that lie on whole blocks have one.
+        # 2. On the diagonal: online softmax. Groups that lie on whole blocks have one block there.
         acc = gl.zeros([ROWS, D], gl.float32, layout=OUT)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, layout=ROW)
         row_sum = gl.zeros([ROWS], gl.float32, layout=ROW)
         for i in range(skipped, frozen - 1):
-            score = _masked_scores(begin + i, first - i, query, buffers, rows, score_scale, D, STAGES, SCORES)
-            p, acc, row_sum, row_max = _online(score, acc, row_sum, row_max, OUT, WEIGHTS)
-            _wait_for(v_full, begin + i, STAGES)
-            acc = _add_values(begin + i, p, acc, v_tile, D, STAGES)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index((begin + i) % STAGES), count=1)
-            _wait_own_turn(GROUP)
-            _pass_turn_on(GROUP, GROUPS)
+            score = _scores(begin + i, first - i, 0.0, query, buffers, rows, score_scale, True, D, STAGES, SCORES)
+            weight, acc, row_sum, row_max = _online(score, acc, row_sum, row_max, OUT)
+            acc = _add_values(begin + i, weight, acc, buffers, D, STAGES, WEIGHTS)
 
         # 3. The last of them settles what all other weights are relative to: the largest maximum of the rows, or each
-        # row's own where they lie too far apart. Its values are added beside the next block's softmax.
-        score = _masked_scores(begin + frozen - 1, diagonal, query, buffers, rows, score_scale, D, STAGES, SCORES)
-        p, acc, row_sum, rounding, anchor, highest_row, one_anchor = _settle(
-            score, acc, row_sum, row_max, OUT, WEIGHTS
-        )
+        # row's own where they lie too far apart.
+        i = begin + frozen - 1
+        score = _scores(i, diagonal, 0.0, query, buffers, rows, score_scale, True, D, STAGES, SCORES)
+        weight, acc, row_sum, rounding, anchor, highest_row, one_anchor = _settle(score, acc, row_sum, row_max, OUT)
+        acc = _add_values(i, weight, acc, buffers, D, STAGES, WEIGHTS)
         # The last tile's output has left by now: its place is free for the queries of the next.
         tma.store_wait(0)
         if tile > 0:
             mbarrier.arrive(q_empty.index(slot ^ 1), count=1)
 
-        # 4. All other blocks, the warpgroups by turns.
+        # 4. All other blocks.
         if one_anchor:
-            p, acc, row_sum = _steps(
-                frozen, masked, begin, first, p, acc, row_sum, highest_row, query, buffers, rows, score_scale, GROUP,
-                GROUPS, False, True, D, STAGES, SCORES, WEIGHTS,
+            acc, row_sum = _steps(
+                frozen, masked, begin, first, acc, row_sum, highest_row, query, buffers, rows, score_scale, False,
+                True, D, STAGES, SCORES, WEIGHTS,
             )  # fmt: skip
         else:
-            p, acc, row_sum = _steps(
-                frozen, masked, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP,
-                GROUPS, False, False, D, STAGES, SCORES, WEIGHTS,
+            acc, row_sum = _steps(
+                frozen, masked, begin, first, acc, row_sum, anchor, query, buffers, rows, score_scale, False, False, D,
+                STAGES, SCORES, WEIGHTS,
             )  # fmt: skip
-        p, acc, row_sum = _steps(
-            masked, end, begin, first, p, acc, row_sum, anchor, query, buffers, rows, score_scale, GROUP, GROUPS, True,
-            False, D, STAGES, SCORES, WEIGHTS,
+        acc, row_sum = _steps(
+            masked, end, begin, first, acc, row_sum, anchor, query, buffers, rows, score_scale, True, False, D, STAGES,
+            SCORES, WEIGHTS,
         )  # fmt: skip
-        _wait_for(v_full, begin + end - 1, STAGES)
-        acc = _add_values(begin + end - 1, p, acc, v_tile, D, STAGES)
+        _skip(begin + end, count - end, buffers, STAGES)
 
         # 5. Mark what left the range of float32, normalize and store.
         to_frame = _to_frame(
@@ -458,9 +364,6 @@ def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexp
         empty = row_sum == 0.0
         lse = gl.where(empty, float("inf"), anchor - to_frame + gl.log2(gl.where(empty, 1.0, row_sum)))
         gl.store(lse_ptr + row * T + t, lse, mask=exists)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index((begin + end - 1) % STAGES), count=1)
-        _skip(begin + end, count - end, buffers, GROUP, GROUPS, STAGES)
         largest = gl.convert_layout(gl.max(gl.abs(acc), 1), ROW)
         in_range = (row_sum < largest_sum) & (largest < float("inf"))
         mark = gl.max(gl.where(in_range, 0, 1), 0)
@@ -476,8 +379,6 @@ def _attend(arguments, GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexp
         begin += count
         tile += 1
         work, last = _read_plan(plan, q_full, tile)
-    if GROUP == 0:
-        _wait_own_turn(GROUP)
     tma.store_wait(0)
 
 
@@ -517,7 +418,19 @@ def gluon_forward_kernel(
         within_ptr, starts_ptr, first_key_ptr, counter, within_low, starts_low, num_tiles, num_heads, section, T, S, H,
         N,
     )  # fmt: skip
-    if GROUPS == 3:
+    if GROUPS == 4:
+        gl.warp_specialize(
+            [
+                (_attend, (attend, 0, 4, D, STAGES)),
+                (_attend, (attend, 1, 4, D, STAGES)),
+                (_attend, (attend, 2, 4, D, STAGES)),
+                (_attend, (attend, 3, 4, D, STAGES)),
+                (_fetch, (fetch, G, GROUPS, STAGES)),
+            ],
+            [4, 4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif GROUPS == 3:
         gl.warp_specialize(
             [
                 (_attend, (attend, 0, 3, D, STAGES)),
@@ -549,19 +462,30 @@ def gluon_descriptor(x, rows: int, dim: int) -> TensorDescriptor:
 
 
 class Tuned(NamedTuple):
-    """Warpgroups, stages, and registers of a thread that multiplies, of one that loads, and at the launch."""
+    """Warpgroups, stages, registers of a thread that multiplies, of one that loads, and at the launch.
+
+    `per_sm` programs are on a multiprocessor at once.
+    """
 
     groups: int
     stages: int
     registers: int
     loading_registers: int
     launch_registers: int
+    per_sm: int = 1
 
 
-# Measured on an H100 (RESULTS.md). Three groups multiply faster; two waste less where few keys are left.
+# Measured on an H100 (RESULTS.md): two programs are quickest where tiles are short. Where they are long, what counts
+# is how many queries a tile of keys is fetched for.
+SHORT, LONG, WIDE = Tuned(2, 4, 104, 24, 80, 2), Tuned(4, 8, 112, 24, 96), Tuned(3, 4, 160, 32, 128)
 FEW_QUERIES = 8192
-TUNED = {(64, False): Tuned(3, 4, 160, 32, 128), (64, True): Tuned(2, 4, 240, 24, 168)}
-TUNED[128, False] = TUNED[128, True] = Tuned(2, 2, 240, 24, 168)
+
+
+def tuned(dim: int, num_queries: int, pruned: bool) -> Tuned:
+    """For heads of `dim` 64 or 128."""
+    if dim > 64:
+        return WIDE
+    return SHORT if pruned or num_queries <= FEW_QUERIES else LONG
 
 
 class Marks(NamedTuple):
@@ -586,15 +510,15 @@ def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum,
     """Launch the kernel; fills out, lse `(B, H, T)` and `new_marks`."""
     batch, num_heads, num_queries, _ = q.shape
     dim = padded_head_dim(q.shape[3])
-    tuned = TUNED[dim, pruned and num_queries <= FEW_QUERIES]
-    num_tiles = -(-num_queries // (tuned.groups * ROWS.value))
+    sizes = tuned(dim, num_queries, pruned)
+    num_tiles = -(-num_queries // (sizes.groups * ROWS.value))
     rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
     tensors = [described(gluon_descriptor, x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
     launch(
-        gluon_forward_kernel, (min(num_tiles * batch * num_heads, programs_at_once(q.device)),),
+        gluon_forward_kernel, (min(num_tiles * batch * num_heads, programs_at_once(q.device, sizes.per_sm)),),
         (*tensors, sums.within, sums.starts, first_key, lse, marks.marks, marks.any, marks.counter),
         (score_scale, largest_sum, num_queries, k.shape[2], num_heads, sums.starts.shape[-1], num_tiles,
          batch * num_heads, section, marks.marks.shape[2], sums.within.stride(0), sums.starts.stride(0)),
-        G=num_heads // k.shape[1], D=dim, GROUPS=tuned.groups, STAGES=tuned.stages, CONSUMER_REGISTERS=tuned.registers,
-        PRODUCER_REGISTERS=tuned.loading_registers, num_warps=4, maxnreg=tuned.launch_registers,
+        G=num_heads // k.shape[1], D=dim, GROUPS=sizes.groups, STAGES=sizes.stages, CONSUMER_REGISTERS=sizes.registers,
+        PRODUCER_REGISTERS=sizes.loading_registers, num_warps=4, maxnreg=sizes.launch_registers,
     )  # fmt: skip
