@@ -18,6 +18,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .conversion_fox import fox_config_dict
 from .parallel_fox import HEAD_NORM_STYLE
@@ -244,8 +245,17 @@ class FoxConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As in the parent; the config.json of another implementation comes back translated, see `conversion_fox`."""
+        """As in the parent; the config.json of another implementation comes back translated, see `conversion_fox`.
+
+        Raises:
+            ValueError: If it is that of a model of Transformers, which would get gates at random.
+        """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (found := config_dict.get("model_type")) in CONFIG_MAPPING_NAMES:
+            raise ValueError(
+                f"`model_type` must be 'fox'; got {found!r} in {pretrained_model_name_or_path}. To make a FoX of a "
+                "Llama, Mistral or Qwen3 use `python -m modeling_fox.convert SRC DST --add-gates`."
+            )
         return fox_config_dict(config_dict), kwargs
 
     def initial_forget_gate_bias(self) -> list[float]:

@@ -111,3 +111,10 @@ def test_fine_tuned_its_gates_close_where_that_helps(tmp_path):
 def test_says_what_gates_cannot_be_added_to(config, message):
     with pytest.raises(ValueError, match=message):
         fox_config_of(config)
+
+
+def test_loaded_as_if_it_were_fox_it_is_refused_and_told_how(tmp_path):
+    """Its gates would be random."""
+    SOURCES["llama"].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model_type` must be 'fox'; got 'llama' in .* --add-gates"):
+        FoxForCausalLM.from_pretrained(tmp_path)
