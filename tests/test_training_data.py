@@ -21,7 +21,14 @@ from fox_training.mixing import Choice, MixedRows, MixedStream
 from fox_training.pipeline import load_data
 from fox_training.recipe import DataRecipe, RecipeError, load_recipe
 from fox_training.token_stream import TokenStream
-from fox_training.tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, encode_documents, hub_tokenizer
+from fox_training.tokenizers import (
+    bpe_tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    encode_documents,
+    hub_tokenizer,
+    tokenizer_hash,
+)
 
 TEXT = "Hello\r\n  wörld\u2028 <|endoftext|> don't 12345 \t\n\n🙂 end "
 TOKENIZERS = {
@@ -55,6 +62,17 @@ def test_byte_tokens_are_the_bytes():
 def test_text_that_spells_the_end_token_does_not_end_the_document(kind):
     tokenizer = TOKENIZERS[kind]()
     assert tokenizer.eos_token_id not in ids_of(tokenizer, TEXT)
+
+
+def test_a_tokenizer_that_was_used_to_cut_and_pad_gives_whole_texts(tmp_path):
+    tokenizer = byte_tokenizer()
+    fresh = tokenizer_hash(tokenizer)
+    tokenizer(["a"], truncation=True, max_length=5, padding="max_length")
+    tokenizer.save_pretrained(tmp_path)
+    for used in (tokenizer, hub_tokenizer(str(tmp_path))):
+        assert list(encode_documents(used, ["ab", TEXT])) == [[97, 98], list(TEXT.encode())]
+        assert used.backend_tokenizer.truncation["max_length"] == used.backend_tokenizer.padding["length"] == 5
+        assert tokenizer_hash(used) == fresh
 
 
 def test_a_character_the_training_text_has_not_is_named():

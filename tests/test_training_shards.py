@@ -15,6 +15,7 @@ from fox_training.prepare import main, prepare
 from fox_training.recipe import RecipeError, load_recipe
 from fox_training.shards import ShardFolder
 from fox_training.token_stream import MappedTokens
+from fox_training.tokenizers import byte_tokenizer
 
 TEXTS = [f"document {i} says <|endoftext|> wörld {'x' * (i % 7)}" if i % 9 else "" for i in range(60)]
 
@@ -61,9 +62,14 @@ def prepared(folder, *overrides, **options):
     return prepare(recipe_of(folder, *overrides), folder / "shards", **{"shard_bytes": 500, **options})
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe", "char"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "char", "hub"])
 def test_shards_hold_the_tokens_that_the_recipe_would_have_trained_on(tmp_path, kind):
     options = [f"data.tokenizer.kind={kind}", "data.tokenizer.vocab_size=270"]
+    if kind == "hub":  # as many files there, it cuts and pads
+        cutting = byte_tokenizer()
+        cutting(["a"], truncation=True, max_length=5, padding="max_length")
+        cutting.save_pretrained(tmp_path / "tokenizer")
+        options.append(f"data.tokenizer.path={tmp_path / 'tokenizer'}")
     described = prepared(tmp_path, *options)
     assert len(described["splits"]["train"]) > 3
     _, rows, validation, about = load_data(recipe_of(tmp_path, *options))

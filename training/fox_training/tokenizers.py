@@ -6,6 +6,7 @@ they were given. Source of the byte alphabet: GPT-2's byte-level BPE, as in `tok
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -112,23 +113,42 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> It
     if not tokenizer.is_fast:
         yield from (tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
         return
+    with whole_texts(tokenizer) as backend:
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises a bare Exception
+            reason = _unknown_characters(tokenizer, texts) or f"the text cannot be tokenised: {error}"
+            raise RecipeError(reason) from error
+    yield from (encoding.ids for encoding in encodings)
+
+
+@contextlib.contextmanager
+def whole_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokenizer]:
+    """The backend of a fast tokenizer, which inside the block gives every text all of its tokens, and no other ones.
+
+    Many files on the Hub, and every call with `truncation` or `padding`, leave it cutting and padding.
+    """
     backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens
+    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
     # Otherwise a document that contains "<|endoftext|>" would end there.
     backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
     try:
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise RecipeError(_unknown_characters(tokenizer, texts) or f"the text cannot be tokenised: {error}") from error
+        yield backend
     finally:
-        backend.encode_special_tokens = before
-    yield from (encoding.ids for encoding in encodings)
+        backend.encode_special_tokens = special
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Short hash of everything that decides how text becomes ids."""
     if tokenizer.is_fast:
-        text = tokenizer.backend_tokenizer.to_str()
+        with whole_texts(tokenizer) as backend:
+            text = backend.to_str()
     else:
         text = repr(sorted(tokenizer.get_vocab().items())) + repr(type(tokenizer))
     return hashlib.sha256(f"{text} {document_token_id(tokenizer)}".encode()).hexdigest()[:16]
