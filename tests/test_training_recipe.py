@@ -209,6 +209,20 @@ def test_a_pretrained_model_ends_texts_by_the_tokenizer_it_is_trained_with(tmp_p
             assert (config.eos_token_id, config.pad_token_id) == (expected, 257)
 
 
+def test_the_token_between_documents_learns_and_ends_a_text(tmp_path):
+    """As in GPT-2's tokenizer, which has one special token for all, and in Llama's, which has two and no padding."""
+    for names, ends in (({}, 256), ({"bos_token": "<s>", "eos_token": "</s>"}, [258, 259])):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens(dict(reversed(names.items())))
+        tokenizer.pad_token = tokenizer.eos_token
+        model = build_model(load_recipe(None, ["model.config.num_hidden_layers=1"]).model, tokenizer)
+        assert model.get_input_embeddings().padding_idx is None
+        model.save_pretrained(tmp_path)
+        loaded = FoxForCausalLM.from_pretrained(tmp_path)
+        assert loaded.config.eos_token_id == loaded.generation_config.pad_token_id == tokenizer.eos_token_id
+        assert loaded.generation_config.eos_token_id == ends and loaded.config.pad_token_id is None
+
+
 def test_only_what_changes_the_result_counts_as_a_change():
     old = recipe_to_dict(load_recipe(None))
     new = load_recipe(

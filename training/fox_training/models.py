@@ -16,6 +16,7 @@ import modeling_fox
 
 from .checkpoint import save_tokenizer_and_model, write_folder
 from .recipe import ModelRecipe, RecipeError, nearest
+from .tokenizers import document_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,14 +30,17 @@ def build_model(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreT
     """
     try:
         if recipe.pretrained is not None:
-            return _load(recipe, tokenizer)
-        config = _config(recipe, tokenizer)
-        options = {} if recipe.attn_implementation is None else {"attn_implementation": recipe.attn_implementation}
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            model = _load(recipe, tokenizer)
+        else:
+            config = _config(recipe, tokenizer)
+            options = {} if recipe.attn_implementation is None else {"attn_implementation": recipe.attn_implementation}
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     except RecipeError:
         raise
     except (ValueError, TypeError, OSError, ImportError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"the model section cannot be built: {_first_lines(error)}") from error
+    _generate_as_trained(model, tokenizer)
+    return model
 
 
 def _config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase):
@@ -61,9 +65,15 @@ def _config(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase):
             f"got {vocab_size}. "
             "Leave it out to take that number."
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        values.setdefault(name, getattr(tokenizer, name))
+    for name, token in _special_tokens(tokenizer).items():
+        values.setdefault(name, token)
     return make(**values)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Those for a config. A token that begins or ends texts is not for padding, whose embedding never learns."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None if pad in (bos, eos) else pad}
 
 
 def _load(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -77,21 +87,31 @@ def _load(recipe: ModelRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrained
             f"model.pretrained {recipe.pretrained} has {rows} tokens and the tokenizer {len(tokenizer)}. "
             "Set data.tokenizer.kind hub and data.tokenizer.path to the tokenizer of that model."
         )
-    _take_special_tokens(model, tokenizer)
+    for name, token in _special_tokens(tokenizer).items():
+        if token is not None and token not in _listed(getattr(model.config, name, None)):
+            setattr(model.config, name, token)
     return model
 
 
-def _take_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _generate_as_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let generation begin, end and pad by the tokens that the model is trained with.
 
-    Of several that end a text all stay, if that of the tokenizer is one of them.
+    A text ends where the next one begins: with the token that stands before every document.
     """
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        token = getattr(tokenizer, name)
-        for config in (model.config, model.generation_config):
-            known = getattr(config, name, None)
-            if token is not None and token not in (known if isinstance(known, list) else [known]):
-                setattr(config, name, token)
+    options = model.generation_config
+    begins = document_token_id(tokenizer)
+    ends = [t for t in (tokenizer.eos_token_id, begins) if t is not None and t not in _listed(options.eos_token_id)]
+    # Of several that end a text all stay, if that of the tokenizer is one of them.
+    known = [] if tokenizer.eos_token_id in ends else _listed(options.eos_token_id)
+    ends = list(dict.fromkeys([*known, *ends]))
+    options.eos_token_id = ends[0] if len(ends) == 1 else ends
+    options.bos_token_id = begins
+    if tokenizer.pad_token_id is not None:
+        options.pad_token_id = tokenizer.pad_token_id
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 def num_parameters(model: PreTrainedModel) -> tuple[int, int]:
