@@ -11,13 +11,16 @@ import types
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("gymnasium")
+
+import gymnasium as gym
 from interrupted import assert_pruned, whole_and_resumed
 from transformers import AutoModel
 
 from fox_rl.agents import common, pqn, training
 from fox_rl.q_network import QNetwork
 
-gym = pytest.importorskip("gymnasium")
 learning = pytest.mark.skipif(not os.environ.get("FOX_LEARNING"), reason="minutes long: FOX_LEARNING=1")
 
 

@@ -2,10 +2,13 @@
 
 import math
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("gymnasium")
+
+import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fox_rl.learn_to_stop import (

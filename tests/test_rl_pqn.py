@@ -5,10 +5,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+pytest.importorskip("gymnasium")
+
+import gymnasium as gym
+
 from fox_rl.agents import common, pqn
 from fox_rl.q_network import QNetwork
-
-gym = pytest.importorskip("gymnasium")
 
 
 class Pixels(gym.Env):
