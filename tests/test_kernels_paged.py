@@ -572,7 +572,7 @@ def test_a_long_prompt_and_its_steps_compile_each_kernel_once(monkeypatch):
         first = triton_pruning.paper_rule(
             q, k, sums, first, start, scale=0.1, log_tolerance=-10.0, logit_bound=bound
         )  # fmt: skip
-        triton_forward.forward(q, k, k, sums, first, 0.1, pruned=True)
+        triton_forward.forward(q, k, k, sums, first, 0.1)
     assert "gluon_forward_kernel" in forms
     for columns in (2, 8, 16, 64):
         pages = PagedKeys(1, 2, 3, 3, 64, page_size=64, **half)

@@ -141,11 +141,15 @@ def test_gpu_kernels_and_hoppers_agree_with_the_definition(queries, keys, kv_hea
     exact = output_and_gradients(forgetting_attention_reference, doubles, grad_out.double(), **options)
     same = output_and_gradients(forgetting_attention_reference, inputs, grad_out, **options)
     hopper = triton_forward.gluon_forward
-    for deterministic, gluon, few in ((False, "1", 10**6), (True, "1", 0), (False, "0", 0)):
-        with mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": gluon}), mock.patch.object(hopper, "FEW_QUERIES", few):
+    for deterministic, gluon, sizes in ((False, "1", hopper.SHORT), (True, "1", hopper.LONG), (False, "0", None)):
+        tuned = hopper.WIDE if dim > 64 else sizes
+        with (
+            mock.patch.dict(os.environ, {"FOX_KERNELS_GLUON": gluon}),
+            mock.patch.object(hopper, "tuned", lambda *_, tuned=tuned: tuned),
+        ):
             got = output_and_gradients(forgetting_attention, inputs, grad_out, deterministic=deterministic, **options)
         for name, x, y, z in zip(NAMES, got, same, exact, strict=True):
-            assert_as_accurate_as_torch(x, y, z, name=f"{name}, {deterministic=}, {gluon=}, {few=}")
+            assert_as_accurate_as_torch(x, y, z, name=f"{name}, {deterministic=}, {gluon=}, {sizes=}")
 
 
 @pytest.mark.gpu

@@ -267,8 +267,7 @@ def _forward(
             out, lse = blockwise.forward(q, k, v, sums, first_key, scale)
         else:
             _require_triton()
-            pruned = log_tolerance is not None
-            out, lse = triton_forward.forward(q, k, v, sums, first_key, scale, pruned=pruned)
+            out, lse = triton_forward.forward(q, k, v, sums, first_key, scale)
     return out, lse, *sums, first_key
 
 

@@ -475,17 +475,18 @@ class Tuned(NamedTuple):
     per_sm: int = 1
 
 
-# Measured on an H100 (RESULTS.md): two programs are quickest where tiles are short. Where they are long, what counts
-# is how many queries a tile of keys is fetched for.
+# Measured on an H100 (RESULTS.md): two programs are quickest where rows are short. Where they are long, what counts is
+# how many queries a tile of keys is fetched for.
 SHORT, LONG, WIDE = Tuned(2, 4, 104, 24, 80, 2), Tuned(4, 8, 112, 24, 96), Tuned(3, 4, 160, 32, 128)
-FEW_QUERIES = 8192
+FEW_KEYS = 8192
 
 
-def tuned(dim: int, num_queries: int, pruned: bool) -> Tuned:
-    """For heads of `dim` 64 or 128."""
+def tuned(dim: int, num_queries: int, num_keys: int, num_programs: int) -> Tuned:
+    """For heads of `dim` 64 or 128, and queries of all of them together, enough for `num_programs` tiles or not."""
     if dim > 64:
         return WIDE
-    return SHORT if pruned or num_queries <= FEW_QUERIES else LONG
+    few = num_keys <= FEW_KEYS or num_queries < num_programs * LONG.groups * ROWS.value
+    return SHORT if few else LONG
 
 
 class Marks(NamedTuple):
@@ -506,11 +507,11 @@ def new_marks(batch: int, num_heads: int, num_queries: int, device: torch.device
     return Marks(memory[8:].view(shape), memory[4:5], memory[:1])
 
 
-def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section, pruned):
+def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum, section):
     """Launch the kernel; fills out, lse `(B, H, T)` and `new_marks`."""
     batch, num_heads, num_queries, _ = q.shape
     dim = padded_head_dim(q.shape[3])
-    sizes = tuned(dim, num_queries, pruned)
+    sizes = tuned(dim, batch * num_heads * num_queries, k.shape[2], programs_at_once(q.device))
     num_tiles = -(-num_queries // (sizes.groups * ROWS.value))
     rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
     tensors = [described(gluon_descriptor, x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]

@@ -452,12 +452,8 @@ def forward(
     first_key: torch.Tensor,
     scale: float,
     tiles: TileSizes | None = None,
-    pruned: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits.
-
-    `pruned` changes no number: it says that most queries have few keys.
-    """
+    """Launch the kernel. Returns `o (B, H, T, D)` strided as `q`, and `lse (B, H, T)` float32 in bits."""
     batch, num_heads, num_queries, dim = q.shape
     num_keys = k.shape[2]
     arch = architecture(q.device)
@@ -474,7 +470,7 @@ def forward(
     if descriptors and use_gluon(arch, q):
         assert tiles.block_t == 128, "two groups of gluon_forward.py: a mark for each"
         marks = gluon_forward.new_marks(batch, num_heads, num_queries, q.device)
-        gluon_forward.forward(q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section, pruned)
+        gluon_forward.forward(q, k, v, out, lse, marks, sums, first_key, scale * LOG2_E, largest_sum, section)
         num_programs = min(num_programs, MARKED_PROGRAMS)
         descriptors = False  # four of them would cost more to make than this launch takes
     tensors = (q, k, v, out)
