@@ -461,6 +461,17 @@ def test_a_column_that_is_no_text_is_named(tmp_path, column, change):
         next(rows.iterate())
 
 
+def test_a_stream_that_breaks_off_is_one_clear_error(tmp_path):
+    recipe = load_recipe(None, ["data.source=local", f"data.path={tmp_path}", "data.streaming=true"])
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "b', encoding="utf-8")
+    with pytest.raises(RecipeError, match="data.path .* cannot be read: .*JSON"):
+        load_data(recipe)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    rows = load_data(recipe)[1]
+    with pytest.raises(RecipeError, match="data.streaming cannot read on: .*JSON.* goes on from the newest"):
+        next(rows.iterate())
+
+
 @pytest.mark.parametrize("length, overlap", [(7, 0), (7, 3), (16, 0), (16, 3), (500, 0), (500, 3), (500, 75)])
 def test_evaluation_scores_every_text_token_once_and_no_document_token(length, overlap):
     stream = stream_of([20, 1, 0, 33, 8])

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from .data import kept_texts
+from .data import kept_texts, reason
 from .recipe import DataRecipe, RecipeError
 from .token_stream import TokenStream
 from .tokenizers import document_token_id, encode_documents
@@ -217,7 +217,12 @@ class _Packer:
         """The next few documents, of one epoch."""
         if self._moved:
             self._before = copy.deepcopy(self.owner.documents.state_dict())
-        rows = list(itertools.islice(self._source, _TEXTS_AT_ONCE))
+        try:
+            rows = list(itertools.islice(self._source, _TEXTS_AT_ONCE))
+        except Exception as error:  # network, broken files: each has its own class
+            raise RecipeError(
+                f"data.streaming cannot read on: {reason(error)} The same command goes on from the newest checkpoint."
+            ) from error
         self._moved = True
         if not rows:
             if not self._read_any:

@@ -250,7 +250,7 @@ def _read_local(path: str, streaming: bool) -> Dataset | IterableDataset:
     try:
         return load_dataset(kind, data_files=[str(f) for f in files], split="train", streaming=streaming, **options)
     except Exception as error:  # datasets wraps parser errors of every kind in its own
-        raise RecipeError(f"data.path {path} cannot be read: {_reason(error)}") from error
+        raise RecipeError(f"data.path {path} cannot be read: {reason(error)}") from error
 
 
 def _read_text(file: Path) -> str:
@@ -273,14 +273,14 @@ def _read_hub(recipe: DataRecipe, split: str) -> Dataset | IterableDataset:
         )
     except Exception as error:  # network, missing repository, missing split: each has its own class
         raise RecipeError(
-            f"data.path {recipe.path} (split {split}) cannot be loaded from the Hub: {_reason(error)} "
+            f"data.path {recipe.path} (split {split}) cannot be loaded from the Hub: {reason(error)} "
             "Without a network use data.source local and a file."
         ) from error
 
 
 def _columns(documents: Dataset | IterableDataset, recipe: DataRecipe) -> Dataset | IterableDataset:
     """Keep the text as `text` and the name as `id`."""
-    names = documents.column_names or list(next(iter(documents)))
+    names = documents.column_names or _columns_of_the_first(documents, recipe)
     text, identity = recipe.text_column, recipe.id_column
     if identity is None and "id" in names:
         identity = "id"
@@ -293,6 +293,16 @@ def _columns(documents: Dataset | IterableDataset, recipe: DataRecipe) -> Datase
     if identity not in (None, "id"):
         documents = documents.rename_column(identity, "id")
     return documents
+
+
+def _columns_of_the_first(documents: IterableDataset, recipe: DataRecipe) -> list[str]:
+    try:
+        first = next(iter(documents), None)
+    except Exception as error:  # as in `_read_local`
+        raise RecipeError(f"data.path {recipe.path} cannot be read: {reason(error)}") from error
+    if first is None:
+        raise RecipeError(f"data.path {recipe.path} holds no document.")
+    return list(first)
 
 
 # Splits
@@ -396,7 +406,8 @@ def _dataset(ids: Iterable[str], texts: Iterable[str]) -> Dataset:
     return Dataset.from_dict({"id": list(ids), "text": list(texts)})
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Class and first line of what is behind an error of `datasets`, which wraps others."""
     cause = error.__cause__ or error
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0] if lines else ''}"
