@@ -476,17 +476,17 @@ class Tuned(NamedTuple):
 
 
 # Measured on an H100 (RESULTS.md): two programs are quickest where rows are short. Where they are long, what counts is
-# how many queries a tile of keys is fetched for.
+# how many queries a tile of keys is fetched for. By queries, so that all pieces of a prompt take one kernel.
 SHORT, LONG, WIDE = Tuned(2, 4, 104, 24, 80, 2), Tuned(4, 8, 112, 24, 96), Tuned(3, 4, 160, 32, 128)
-FEW_KEYS = 8192
+FEW_QUERIES = 8192
 
 
-def tuned(dim: int, num_queries: int, num_keys: int, num_programs: int) -> Tuned:
-    """For heads of `dim` 64 or 128, and queries of all of them together, enough for `num_programs` tiles or not."""
+def tuned(dim: int, num_queries: int, num_heads: int, num_programs: int) -> Tuned:
+    """For heads of `dim` 64 or 128, all sequences' together."""
     if dim > 64:
         return WIDE
-    few = num_keys <= FEW_KEYS or num_queries < num_programs * LONG.groups * ROWS.value
-    return SHORT if few else LONG
+    has_tiles = num_queries * num_heads >= num_programs * LONG.groups * ROWS.value
+    return LONG if num_queries > FEW_QUERIES and has_tiles else SHORT
 
 
 class Marks(NamedTuple):
@@ -511,7 +511,7 @@ def forward(q, k, v, out, lse, marks, sums, first_key, score_scale, largest_sum,
     """Launch the kernel; fills out, lse `(B, H, T)` and `new_marks`."""
     batch, num_heads, num_queries, _ = q.shape
     dim = padded_head_dim(q.shape[3])
-    sizes = tuned(dim, batch * num_heads * num_queries, k.shape[2], programs_at_once(q.device))
+    sizes = tuned(dim, num_queries, batch * num_heads, programs_at_once(q.device))
     num_tiles = -(-num_queries // (sizes.groups * ROWS.value))
     rows = (ROWS.value, KEYS.value, KEYS.value, ROWS.value)
     tensors = [described(gluon_descriptor, x, n, dim) for x, n in zip((q, k, v, out), rows, strict=True)]
