@@ -78,6 +78,7 @@ def test_the_best_weights_are_looked_for_once_pruning_is_over(tmp_path):
         ("sparsity.final_sparsity=90", "sparsity.final_sparsity must be at least 0 and below 1; got 90"),
         ("sparsity.method=movement", "sparsity.method must be one of none, magnitude"),
         ("sparsity.include=[nothing_here]", "sparsity: model must have a prunable parameter"),
+        ("sparsity.include=['q_proj(']", r"sparsity.include and .* must be regular expressions; 'q_proj\(' is none"),
         ("sparsity.start_fraction=0.9", "sparsity: start_fraction and end_fraction"),
     ],
 )

@@ -123,7 +123,7 @@ class DataRecipe:
     """Concatenate all documents into one, without a separator (a book that was cut into rows)."""
     streaming: bool = False
     """hub and local: read while training instead of tokenising everything first. Needs `validation_split` or
-    `validation_documents`."""
+    `validation_documents`. Lines of .txt files then end with a line feed, whatever they end with in the file."""
     shuffle_block: int = 1024
     """streaming: rows that are permuted among each other, in rows of `sequence_length`; 1 = keep the order."""
     validation_ids: list[str] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,10 @@ def build_pruner(model: Any, recipe: SparsityRecipe, steps: int) -> MaskedPruner
     settings["exclude"] = DEFAULT_EXCLUDE if recipe.exclude is None else recipe.exclude
     try:
         return MaskedPruner(model, SparsityConfig(**settings), steps)
+    except re.error as error:
+        raise RecipeError(
+            f"sparsity.include and sparsity.exclude must be regular expressions; {error.pattern!r} is none: {error}."
+        ) from error
     except ValueError as error:
         raise RecipeError(f"sparsity: {error}") from error
 
