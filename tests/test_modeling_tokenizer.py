@@ -1,11 +1,15 @@
 """The tokenizer of the published checkpoints: texts go in as JSON strings and come out as they were."""
 
 import json
+import pickle
 
 import pytest
 from test_modeling_conversion import OFFICIAL, PRO, write_checkpoint
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from fox_training import shard_worker
+from fox_training.shard_worker import start_worker
+from fox_training.tokenizers import encode_documents, is_all_backend, tokenizer_hash
 from modeling_fox import FoxForCausalLM, JSONGPT2Tokenizer
 from modeling_fox.convert import convert
 from modeling_fox.tokenization_fox import escape, unescape
@@ -55,6 +59,20 @@ def test_a_newline_becomes_the_two_characters_of_json(tokenizer):
     assert pairs == [[97, 92, 110, 99], [98, 92, 110]]
     words = tokenizer(["a\n", "b"], is_split_into_words=True, add_special_tokens=False).input_ids
     assert words == [97, 92, 110, 98]
+
+
+def test_training_and_evaluation_escape_too(tokenizer, monkeypatch):
+    """They take many texts at once, and none of them ends where it spells the end of a text."""
+    plain = GPT2Tokenizer.from_pretrained(tokenizer.name_or_path)
+    texts = ["a\nb", "\u00e9" + END]
+    expected = [list(b"a\\nb"), list(b"\\u00e9" + END.encode())]
+    assert list(encode_documents(tokenizer, texts)) == expected
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    start_worker(pickle.dumps(tokenizer), 256, "uint16")
+    assert list(shard_worker._encode(texts)) == expected
+    # What was tokenised without escapes is not taken for it.
+    assert not is_all_backend(tokenizer) and is_all_backend(plain)
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(plain)
 
 
 def test_the_class_of_transformers_does_not_escape(tmp_path, tokenizer):

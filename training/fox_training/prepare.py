@@ -89,7 +89,7 @@ def prepare(
     """
     from .data import load_documents
     from .recipe import RecipeError, reads_shards
-    from .tokenizers import document_token_id, tokenizer_hash
+    from .tokenizers import document_token_id, is_all_backend, tokenizer_hash
 
     if recipe.data.source == "mixture" or reads_shards(recipe.data):
         raise RecipeError(f"prepare takes one source of text; got {recipe.data.source}. Prepare each part by itself.")
@@ -104,7 +104,7 @@ def prepare(
     tokenizer = _tokenizer(recipe, train, folder)
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     workers = workers or _cores()
-    portable = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else pickle.dumps(tokenizer)
+    portable = tokenizer.backend_tokenizer.to_str() if is_all_backend(tokenizer) else pickle.dumps(tokenizer)
     splits = {}
     with _pool(workers, (portable, document_token_id(tokenizer), dtype)) as pool:
         for split, documents in (("train", train), ("validation", validation)):

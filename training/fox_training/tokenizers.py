@@ -110,7 +110,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> It
     Raises:
         RecipeError: If a character is not in the vocabulary of a character tokenizer.
     """
-    if not tokenizer.is_fast:
+    if not is_all_backend(tokenizer):
         yield from (tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
         return
     with whole_texts(tokenizer) as backend:
@@ -120,6 +120,11 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> It
             reason = _unknown_characters(tokenizer, texts) or f"the text cannot be tokenised: {error}"
             raise RecipeError(reason) from error
     yield from (encoding.ids for encoding in encodings)
+
+
+def is_all_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the backend alone makes the tokens. `JSONGPT2Tokenizer` of modeling_fox escapes texts before it."""
+    return tokenizer.is_fast and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
 
 
 @contextlib.contextmanager
@@ -148,7 +153,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Short hash of everything that decides how text becomes ids."""
     if tokenizer.is_fast:
         with whole_texts(tokenizer) as backend:
-            text = backend.to_str()
+            text = backend.to_str() + ("" if is_all_backend(tokenizer) else type(tokenizer).__name__)
     else:
         text = repr(sorted(tokenizer.get_vocab().items())) + repr(type(tokenizer))
     return hashlib.sha256(f"{text} {document_token_id(tokenizer)}".encode()).hexdigest()[:16]
