@@ -288,6 +288,7 @@ def test_gpu_a_cuda_graph_replays_other_boundaries():
         (dict(q=torch.zeros(1, 2, 9, 8)), r"q must be \(total_q, H, D\), all sequences one after another"),
         (dict(log_fgate=torch.zeros(2, 9)), r"log_fgate must be \(9, 2\), one gate per key and query head"),
         (dict(cu_seqlens_q=torch.tensor([0.0, 9.0])), r"cu_seqlens_q must be \(B \+ 1,\) int32 or int64"),
+        (dict(cu_seqlens_q=[0, 4, 9]), r"cu_seqlens_q must be \(B \+ 1,\) int32 or int64.* got \[0, 4, 9\]"),
         (dict(cu_seqlens_q=torch.tensor([0])), r"cu_seqlens_q must be \(B \+ 1,\) int32 or int64"),
         (dict(cu_seqlens_q=torch.tensor([0, 8])), "cu_seqlens_q must go from 0 to 9, the positions"),
         (dict(cu_seqlens_q=torch.tensor([0, 7, 5, 9])), "cu_seqlens_q must go from 0 to 9"),

@@ -64,6 +64,14 @@ def test_muon_without_support_says_so(model, monkeypatch):
         build_optimizers(model, OptimizerRecipe(name="muon"))
 
 
+@pytest.mark.parametrize("name", ["muon", "kron"])
+def test_a_model_without_hidden_matrices_is_refused(name):
+    layer = nn.Linear(3, 2)
+    layer.config = None
+    with pytest.raises(RecipeError, match="of which Linear has none. Use adamw"):
+        build_optimizers(layer, OptimizerRecipe(name=name))
+
+
 def test_a_step_of_adamw_is_the_formula():
     layer = nn.Linear(3, 2)
     layer.config = None

@@ -215,7 +215,8 @@ def test_a_streamed_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_a_changed_recipe_is_refused_with_the_differing_keys_unless_allowed(tmp_path, capsys):
-    run_tiny(tmp_path, "schedule.steps=4")
+    run_tiny(tmp_path, "schedule.steps=4", "schedule.warmup_steps=8")
+    assert "the learning rate ends at 50% of its peak" in capsys.readouterr().out
     changed = ("schedule.steps=6", "optimizer.beta2=0.9", "data.tokenizer.kind=byte")
     names = ("recipe.yaml", "data.json", "environment.json")
     before = [(tmp_path / "out" / name).read_bytes() for name in names]

@@ -125,10 +125,12 @@ def _check_packed(q, k, v, log_fgate, cu_seqlens_q, cu_seqlens_k):
         )
     _check_tensors(*(x.transpose(0, 1)[None] for x in (q, k, v)), log_fgate.T[None], None)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if x.dim() != 1 or len(x) < 2 or x.dtype not in (torch.int32, torch.int64):
+        is_tensor = isinstance(x, torch.Tensor)
+        if not is_tensor or x.dim() != 1 or len(x) < 2 or x.dtype not in (torch.int32, torch.int64):
+            got = f"{tuple(x.shape)} {x.dtype}" if is_tensor else repr(x)
             raise ValueError(
-                f"{name} must be (B + 1,) int32 or int64, from 0 to the number of positions; got {tuple(x.shape)} "
-                f"{x.dtype}. From the lengths take torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()."
+                f"{name} must be (B + 1,) int32 or int64, from 0 to the number of positions; got {got}. "
+                "From the lengths take torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()."
             )
     if len(cu_seqlens_k) != len(cu_seqlens_q):
         raise ValueError(

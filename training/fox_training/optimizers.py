@@ -40,7 +40,8 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.op
     Every group carries `peak_lr`, from which `set_learning_rate` computes `lr`.
 
     Raises:
-        RecipeError: If Muon is asked for and this PyTorch has none, or Kron and its package is missing.
+        RecipeError: If Muon is asked for and this PyTorch has none, or Kron and its package is missing, or either for
+            a model without hidden matrices.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizers = []
@@ -51,8 +52,12 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.op
         hidden = [(n, p) for n, p in named if is_hidden_matrix(n, p, num_heads)]
         taken = {id(p) for _, p in hidden}
         named = [(n, p) for n, p in named if id(p) not in taken]
-        if hidden:
-            optimizers.append(_of_matrices([p for _, p in hidden], recipe))
+        if not hidden:
+            raise RecipeError(
+                f"optimizer.name {recipe.name} is for the matrices of `layers`, of which {type(model).__name__} has "
+                "none. Use adamw."
+            )
+        optimizers.append(_of_matrices([p for _, p in hidden], recipe))
     optimizers.append(_adamw(named, recipe))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -105,6 +105,12 @@ def train(
         if first >= recipe.schedule.steps and (out / "model" / "config.json").is_file():
             accelerator.print(f"{out} is complete at step {first}. Raise schedule.steps to go on.")
             return {"step": first}
+        steps, warmup = recipe.schedule.steps, recipe.schedule.warmup_steps
+        if warmup > steps:
+            accelerator.print(
+                f"schedule.warmup_steps {warmup} are more than schedule.steps {steps}: the learning rate ends at "
+                f"{steps / warmup:.0%} of its peak."
+            )
         if run.is_main:
             write_descriptions(run)
             run.metrics = MetricsLog(out / "metrics.jsonl", after_step=first)
