@@ -58,12 +58,6 @@ def test_muon_takes_the_matrices_of_the_blocks_but_no_projection_to_heads(model)
     assert count == len(list(model.parameters()))
 
 
-def test_muon_without_support_says_so(model, monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(RecipeError, match="PyTorch 2.9"):
-        build_optimizers(model, OptimizerRecipe(name="muon"))
-
-
 @pytest.mark.parametrize("name", ["muon", "kron"])
 def test_a_model_without_hidden_matrices_is_refused(name):
     layer = nn.Linear(3, 2)

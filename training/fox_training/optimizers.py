@@ -40,13 +40,10 @@ def build_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.op
     Every group carries `peak_lr`, from which `set_learning_rate` computes `lr`.
 
     Raises:
-        RecipeError: If Muon is asked for and this PyTorch has none, or Kron and its package is missing, or either for
-            a model without hidden matrices.
+        RecipeError: If the package of Kron is missing, or the model has no hidden matrices for Muon or Kron.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizers = []
-    if recipe.name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise RecipeError(f"optimizer.name muon needs PyTorch 2.9 or newer; this is {torch.__version__}. Use adamw.")
     if recipe.name in ("muon", "kron"):
         num_heads = getattr(model.config, "num_attention_heads", 1)
         hidden = [(n, p) for n, p in named if is_hidden_matrix(n, p, num_heads)]
@@ -206,8 +203,6 @@ def optimizer_spec(
     if name == "radam":
         return torch.optim.RAdam, common | {"decoupled_weight_decay": True} | options
     if name == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise ImportError(f"name muon needs PyTorch 2.9 or newer; this is {torch.__version__}. Use adamw.")
         return torch.optim.Muon, common | {"adjust_lr_fn": "match_rms_adamw"} | options
     return _kron_class(backend, device_type), common | {"lr": learning_rate / 3} | options
 
