@@ -9,7 +9,7 @@ pytest.importorskip("gymnasium")
 
 from fox_rl.experiments import report as reports
 from fox_rl.experiments import runner
-from fox_rl.experiments.jobs import EXPERIMENTS, Job
+from fox_rl.experiments.jobs import EXPERIMENTS, Job, train_atari
 
 
 def measured(report, seed, fails=False):
@@ -110,19 +110,19 @@ def test_stops_are_reported_with_what_they_saved_and_against_their_control(tmp_p
 def test_the_plans_are_what_results_describe():
     """Numbers of runs, learning rates for every arm, and networks of equal size in the comparison of memories."""
     for name, experiment in EXPERIMENTS.items():
-        jobs = experiment.jobs(experiment.seeds, None)
+        jobs = experiment.jobs(range(experiment.seeds), None)
         assert {job.experiment for job in jobs} == {name} and len({job.name for job in jobs}) == len(jobs)
-    cartpole = EXPERIMENTS["pruning-cartpole"].jobs(5, None)
+    cartpole = EXPERIMENTS["pruning-cartpole"].jobs(range(5), None)
     runs = [run for job in cartpole for run in job.settings["runs"]]
     assert len(cartpole) == 3 and len(runs) == 45 and len({arm for arm, _ in runs}) == 9
     from fox_rl.agents import dqn
     from fox_rl.experiments import many_dqn
 
-    for job in cartpole + EXPERIMENTS["pruning-lunarlander"].jobs(5, None):
+    for job in cartpole + EXPERIMENTS["pruning-lunarlander"].jobs(range(5), None):
         many_dqn.check([(arm, dqn.Options(**options)) for arm, options in job.settings["runs"]])
     from fox_rl.agents import pqn
 
-    atari = EXPERIMENTS["pruning-atari"].jobs(2, 5000)
+    atari = EXPERIMENTS["pruning-atari"].jobs(range(2), 5000)
     rates = {(job.settings["arm"], job.settings["learning_rate"], job.settings["seed"]) for job in atari}
     assert len(atari) == len(rates) == 24 and all(arm.endswith(f" lr={rate:g}") for arm, rate, _ in rates)
     assert [job.settings["seed"] for job in atari] == [0] * 12 + [1] * 12  # whole sweeps, one seed after the other
@@ -131,7 +131,7 @@ def test_the_plans_are_what_results_describe():
     from fox_rl.agents import common, ppo_fox
 
     envs, sizes = common.make_environments("fox_rl/RepeatFirst-v0", 1), {}
-    for job in EXPERIMENTS["memory"].jobs(1, None):
+    for job in EXPERIMENTS["memory"].jobs(range(1), None):
         options = {name: job.settings[name] for name in ("memory", "hidden_size") if name in job.settings}
         network = ppo_fox.build_policy(envs, ppo_fox.Options(**options))
         sizes[job.name] = sum(p.numel() for p in network.parameters())
@@ -168,6 +168,8 @@ def test_later_runs_add_seeds():
     assert [seeds(job) for job in later] == [[seed + 5 for seed in seeds(job)] for job in first]
     assert seeds(later[0]) == [5, 6]
     assert not {job.name for job in first} & {job.name for job in later}
+    # A run of its own is the same job, whichever seeds are asked for beside it.
+    assert {job.name for job in planned("--seeds", "6") if job.run is train_atari} & {job.name for job in later}
 
 
 def test_says_what_is_wrong(capsys):

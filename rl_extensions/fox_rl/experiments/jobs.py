@@ -28,6 +28,7 @@ class Job:
         run: Module-level function `(report, **settings)`.
         settings: Arguments of `run`.
         cost: Rough seconds on one core; the longest jobs start first.
+        rate: Learning rate of its runs, where rates are swept.
     """
 
     experiment: str
@@ -35,6 +36,7 @@ class Job:
     run: Callable[..., None]
     settings: dict[str, Any] = field(default_factory=dict)
     cost: float = 60.0
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Experiment:
 
     Attributes:
         text: One line for `--help`.
-        jobs: `(seeds, steps or None)` to the jobs.
+        jobs: `(range of seeds, steps or None)` to the jobs. A job of several runs is `named` after its first seed.
         seeds: Runs of each arm if nothing else is said.
         score: Metric whose last value is compared between the arms.
         swept: Arms are `NAME lr=RATE`; the best rate of each is compared.
@@ -51,11 +53,28 @@ class Experiment:
     """
 
     text: str
-    jobs: Callable[[int, int | None], list[Job]]
+    jobs: Callable[[range, int | None], list[Job]]
     seeds: int = 5
     score: str = "eval_return"
     swept: bool = False
     tail: float = 0.0
+
+
+def named(name: str, seeds: range) -> str:
+    """Of a job with runs of all these seeds, so that others are another job."""
+    return f"{name} from seed {seeds.start}" if seeds.start else name
+
+
+LOGGED = ("episode_return", "sparsity_network", "dormant", "feature_rank")
+
+
+def report_logged(
+    report: Report, arm: str, seed: int, step: int, values: dict[str, float], names: tuple[str, ...] = LOGGED
+) -> None:  # fmt: skip
+    """Report what a line of an agent's log has of `names`."""
+    for name in names:
+        if name in values:
+            report(arm, seed, step, name, values[name])
 
 
 def train_agent(report: Report, agent: str, arm: str, seed: int, episodes: int = 20, **options: Any) -> None:
@@ -70,9 +89,7 @@ def train_agent(report: Report, agent: str, arm: str, seed: int, episodes: int =
     begin = time.perf_counter()
 
     def log(step: int, **values: float) -> None:
-        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank"):
-            if name in values:
-                report(arm, seed, step, name, values[name])
+        report_logged(report, arm, seed, step, values)
 
     training.run(made, quiet=True, report=log)
     report(arm, seed, made.step, "seconds", time.perf_counter() - begin)
@@ -90,7 +107,7 @@ PRUNING_ARMS = {
 RATES = (2.5e-4, 5e-4, 1e-3)
 
 
-def pruning_jobs(name: str, seeds: int, cost: float, **options: Any) -> list[Job]:
+def pruning_jobs(name: str, seeds: range, cost: float, **options: Any) -> list[Job]:
     """Dense, pruned and static sparse DQN at three learning rates, a job for each rate."""
     workers = max(1, ((os.cpu_count() or 1) - 3) // 3)
     jobs = []
@@ -98,13 +115,14 @@ def pruning_jobs(name: str, seeds: int, cost: float, **options: Any) -> list[Job
         shared = {"learning_rate": rate, "width": 128, "multi_steps": 3, "train_every": 2, **options}
         runs = [
             (f"{arm} lr={rate:g}", {**shared, **own, "seed": seed})
-            for (arm, own), seed in itertools.product(PRUNING_ARMS.items(), range(seeds))
+            for (arm, own), seed in itertools.product(PRUNING_ARMS.items(), seeds)
         ]
-        jobs.append(Job(name, f"lr={rate:g}", train_many_dqn, {"runs": runs, "workers": workers}, cost))
+        settings = {"runs": runs, "workers": workers}
+        jobs.append(Job(name, named(f"lr={rate:g}", seeds), train_many_dqn, settings, cost, rate))
     return jobs
 
 
-def cartpole(seeds: int, steps: int | None) -> list[Job]:
+def cartpole(seeds: range, steps: int | None) -> list[Job]:
     """On CartPole-v1. With returns of one step and a target copied every 1000 it had 130 of 500 after 50,000."""
     return pruning_jobs(
         "pruning-cartpole", seeds, 1500, env_id="CartPole-v1", total_steps=steps or 50_000, target_every=200,
@@ -112,7 +130,7 @@ def cartpole(seeds: int, steps: int | None) -> list[Job]:
     )  # fmt: skip
 
 
-def lunar_lander(seeds: int, steps: int | None) -> list[Job]:
+def lunar_lander(seeds: range, steps: int | None) -> list[Job]:
     """On LunarLander-v3."""
     return pruning_jobs(
         "pruning-lunarlander", seeds, 6000, env_id="LunarLander-v3", total_steps=steps or 200_000, target_every=250,
@@ -142,9 +160,7 @@ def train_atari(report: Report, arm: str, seed: int, episodes: int = 16, **optio
     agent.envs.step = timed
 
     def log(step: int, **values: float) -> None:
-        for name in ("episode_return", "sparsity_network", "dormant", "feature_rank", "loss"):
-            if name in values:
-                report(arm, seed, step, name, values[name])
+        report_logged(report, arm, seed, step, values, (*LOGGED, "loss"))
         report(arm, seed, step, "seconds", time.perf_counter() - begin)
         report(arm, seed, step, "seconds_in_games", in_games[0])
 
@@ -153,24 +169,24 @@ def train_atari(report: Report, arm: str, seed: int, episodes: int = 16, **optio
     report(arm, seed, agent.step, "seconds", time.perf_counter() - begin)
 
 
-def atari(seeds: int, steps: int | None) -> list[Job]:
+def atari(seeds: range, steps: int | None) -> list[Job]:
     """IMPALA of width 3: flatten dense, pruned and static sparse, and the mean over the image; a job for each run."""
     arms = {name: {"readout": "flatten", **options} for name, options in PRUNING_ARMS.items()}
     arms["gap"] = {"readout": "gap"}
     jobs = []
     # A run that is cut off early leaves whole seeds and, of the last one, whole rates.
-    for seed, rate, (arm, options) in itertools.product(range(seeds), RATES, arms.items()):
+    for seed, rate, (arm, options) in itertools.product(seeds, RATES, arms.items()):
         settings = {
             "arm": f"{arm} lr={rate:g}", "seed": seed, "learning_rate": rate, "env_id": "ALE/Qbert-v5",
             "total_steps": steps or 300_000, "num_envs": 32, "window": 32, "minibatches": 16, "encoder_width": 3,
             "width": 512, "epsilon_end": 0.02, "epsilon_fraction": 0.25, "log_every": 10_000,
             "checkpoint_every": 100_000, **options,
         }  # fmt: skip
-        jobs.append(Job("pruning-atari", f"{arm} lr={rate:g} seed {seed}", train_atari, settings, 400))
+        jobs.append(Job("pruning-atari", f"{arm} lr={rate:g} seed {seed}", train_atari, settings, 400, rate))
     return jobs
 
 
-def memory(seeds: int, steps: int | None) -> list[Job]:
+def memory(seeds: range, steps: int | None) -> list[Job]:
     """RepeatFirst with FoX, a GRU and windows of 16 and 64 steps, at 93,000 weights each."""
     arms = {
         "fox": {"memory": "fox"},
@@ -179,7 +195,7 @@ def memory(seeds: int, steps: int | None) -> list[Job]:
         "window-64": {"memory": "window", "attention_window": 64},
     }
     jobs = []
-    for (arm, options), seed in itertools.product(arms.items(), range(seeds)):
+    for (arm, options), seed in itertools.product(arms.items(), seeds):
         settings = {
             "agent": "ppo_fox", "arm": arm, "seed": seed, "episodes": 100, "total_steps": steps or 133_120,
             "log_every": 5_000, **options,
@@ -242,15 +258,15 @@ def train_many(
     )  # fmt: skip
 
 
-def early_stop(env_id: str, name: str, eval_episodes: int, most: int) -> Callable[[int, int | None], list[Job]]:
+def early_stop(env_id: str, name: str, eval_episodes: int, most: int) -> Callable[[range, int | None], list[Job]]:
     """TD3, LEAST and random resets; a process for each environment, as far as there are cores, and `most`."""
 
-    def jobs(seeds: int, steps: int | None) -> list[Job]:
-        runs = [(arm, seed) for arm in ("none", "least", "random") for seed in range(seeds)]
+    def jobs(seeds: range, steps: int | None) -> list[Job]:
+        runs = [(arm, seed) for arm in ("none", "least", "random") for seed in seeds]
         workers = max(1, min(len(runs), (os.cpu_count() or 1) - 2, most))
         settings = {"env_id": env_id, "runs": runs, "steps": steps or 300_000, "workers": workers}
         settings["eval_episodes"] = eval_episodes
-        return [Job(name, "all", train_many, settings, 10_000)]
+        return [Job(name, named("all", seeds), train_many, settings, 10_000)]
 
     return jobs
 
@@ -287,11 +303,11 @@ def measure_throughput(report: Report, name: str, steps: int, rounds: int) -> No
             report(f"{name} sb3", number, steps, "steps_per_second", steps / (end - middle))
 
 
-def throughput(seeds: int, steps: int | None) -> list[Job]:
+def throughput(seeds: range, steps: int | None) -> list[Job]:
     """DQN on CartPole, TD3 and SAC on Pendulum."""
-    sizes = {"dqn": 6_000, "td3": 2_000, "sac": 1_500}
+    sizes, rounds = {"dqn": 6_000, "td3": 2_000, "sac": 1_500}, len(seeds) + 1
     return [
-        Job("throughput", name, measure_throughput, {"name": name, "steps": steps or size, "rounds": seeds + 1}, 100)
+        Job("throughput", name, measure_throughput, {"name": name, "steps": steps or size, "rounds": rounds}, 100)
         for name, size in sizes.items()
     ]
 

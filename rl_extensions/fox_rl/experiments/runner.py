@@ -19,7 +19,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +155,6 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().error(
             f"--first-seed must be at least 0, and 0 for throughput, whose runs are rounds; got {options.first_seed}"
         )
-    for rate in options.rates or []:
-        if not planned(argparse.Namespace(**{**vars(options), "rates": [rate]})):
-            build_parser().error(f"--rates must be rates of these experiments; got {rate:g}")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.csv"
     missing = 0
@@ -176,12 +172,12 @@ def planned(options: argparse.Namespace) -> list[Job]:
     jobs = []
     for name in options.names:
         experiment = EXPERIMENTS[name]
-        jobs += experiment.jobs(options.seeds or experiment.seeds, options.steps)
+        seeds = range(options.first_seed, options.first_seed + (options.seeds or experiment.seeds))
+        jobs += experiment.jobs(seeds, options.steps)
     if options.rates is not None:
-        wanted = {f"lr={rate:g}" for rate in options.rates}
-        jobs = [job for job in jobs if wanted & {*job.name.split()}]
-    if options.first_seed:
-        jobs = [from_seed(job, options.first_seed) for job in jobs]
+        for rate in sorted(set(options.rates) - {job.rate for job in jobs}):
+            build_parser().error(f"--rates must be rates of these experiments; got {rate:g}")
+        jobs = [job for job in jobs if job.rate in options.rates]
     for job in jobs:
         if job.run in (train_many, train_many_dqn):
             job.settings.update({"graphs": False} if options.eager else {})
@@ -189,16 +185,3 @@ def planned(options: argparse.Namespace) -> list[Job]:
         elif job.run is train_atari:
             job.settings.update({"env_threads": options.env_workers} if options.env_workers else {})
     return jobs
-
-
-def from_seed(job: Job, first: int) -> Job:
-    """The job with its seeds counted from `first` in place of 0, under a name of its own."""
-    settings = dict(job.settings)
-    if "seed" in settings:
-        settings["seed"] += first
-    else:
-        settings["runs"] = [
-            (arm, {**own, "seed": own["seed"] + first} if isinstance(own, dict) else own + first)
-            for arm, own in settings["runs"]
-        ]
-    return replace(job, name=f"{job.name} from seed {first}", settings=settings)
