@@ -89,7 +89,7 @@ def prepare(
     """
     from .data import load_documents
     from .recipe import RecipeError, reads_shards
-    from .tokenizers import document_token_id, is_all_backend, tokenizer_hash
+    from .tokenizers import document_token_id, is_all_backend, tokenizer_hash, whole_texts
 
     if recipe.data.source == "mixture" or reads_shards(recipe.data):
         raise RecipeError(f"prepare takes one source of text; got {recipe.data.source}. Prepare each part by itself.")
@@ -104,7 +104,11 @@ def prepare(
     tokenizer = _tokenizer(recipe, train, folder)
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     workers = workers or _cores()
-    portable = tokenizer.backend_tokenizer.to_str() if is_all_backend(tokenizer) else pickle.dumps(tokenizer)
+    if is_all_backend(tokenizer):
+        with whole_texts(tokenizer) as backend:
+            portable = backend.to_str()
+    else:
+        portable = pickle.dumps(tokenizer)
     splits = {}
     with _pool(workers, (portable, document_token_id(tokenizer), dtype)) as pool:
         for split, documents in (("train", train), ("validation", validation)):

@@ -40,10 +40,8 @@ def start_worker(tokenizer: str | bytes, document_token: int, dtype: str) -> Non
         from tokenizers import Tokenizer
 
         backend = Tokenizer.from_str(tokenizer)
-        # Text that spells a special token stays text, all of it.
+        # Text that spells a special token stays text. Of all else `whole_texts` took care; this its file does not say.
         backend.encode_special_tokens = True
-        backend.no_truncation()
-        backend.no_padding()
         _encode = lambda texts: (e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False))  # noqa: E731
 
 
