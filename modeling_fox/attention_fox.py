@@ -347,9 +347,10 @@ def flex_attention_forward(
         far = query_high[batch, head, query_idx] - high[batch, head, key_idx]
         return score + (far + (query_low[batch, head, query_idx] - low[batch, head, key_idx]))
 
-    attend = partial(compile_friendly_flex_attention, training=module.training)
     if query.device.type == "cpu" and not is_torchdynamo_compiling():
         attend = flex_attention_of_cpus()
+    else:
+        attend = partial(compile_friendly_flex_attention, training=module.training)
     out = attend(
         query,
         key,

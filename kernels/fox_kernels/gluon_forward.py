@@ -482,7 +482,7 @@ FEW_QUERIES = 8192
 
 
 def tuned(dim: int, num_queries: int, num_heads: int, num_programs: int) -> Tuned:
-    """For heads of `dim` 64 or 128, all sequences' together."""
+    """For `num_heads` heads of all sequences, of 64 or 128 channels each; few long tiles would leave SMs idle."""
     if dim > 64:
         return WIDE
     has_tiles = num_queries * num_heads >= num_programs * LONG.groups * ROWS.value
